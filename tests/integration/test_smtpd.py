@@ -20,7 +20,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from email import policy
 from email.message import EmailMessage
@@ -30,116 +30,37 @@ from types import SimpleNamespace
 from typing import Any, NoReturn, cast
 
 import pytest
-import uvloop
 from sqlalchemy import create_engine, text
 
 from reception.policy import Policy
-from reception.receiver import BLOCK, MAX_BUFFERED, DiskThreads, Receiver
+from reception.receiver import BLOCK, MAX_BUFFERED
 from reception.server import LATE_TICK, Door, FrontEnd
 from reception.space import MIN_FREE
-from reception.spooler import Spooler
-from reception.spooler_client import SpoolerClient
 from relay.db.engine import connect, reading, writing
 from relay.queue.accept import NewMessage
 from relay.settings import SettingsError, SmtpdSettings, load
 from relay.spool.store import BodyWriter, Spool
 from smtpd.server import SmtpConnection
 from smtpd.session import ENDLESS
+from tests.integration.front_end import ServerHarness
 from tests.postfix import PostfixClient
 from tests.services import ServiceError
 from tests.waiting import stands_still, until
 
 
-class FakeDatabase:
-    """Commits to a list. While `gate` is closed a COMMIT waits; `error` is raised by it."""
-
-    def __init__(self) -> None:
-        self.messages: list[NewMessage] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self.taken = threading.Event()
-        self.error: Exception | None = None
-
-    def commit(self, messages: Sequence[NewMessage], _begin_by: float) -> list[None]:
-        self.taken.set()
-        self.gate.wait(20)
-        if self.error is not None:
-            raise self.error
-        self.messages.extend(messages)
-        return [None] * len(messages)
-
-
-class ServerHarness:
-    """A server in a thread."""
-
-    def __init__(self, spool: Spool, settings: SmtpdSettings, bodies_at_once: int) -> None:
-        self.spool, self.settings, self.bodies_at_once = spool, settings, bodies_at_once
-        self.database = FakeDatabase()
-        self.hints: list[str] = []
-        self.loop = uvloop.new_event_loop()
-        self._ready, self._stop = threading.Event(), asyncio.Event()
-        self.drain = 0.0
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-        assert self._ready.wait(10)
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_until_complete(self._serve())
-        self.loop.close()
-
-    async def _serve(self) -> None:
-        self.spooler = SpoolerClient(self._keep, lambda ids, _route: self.hints.extend(ids))
-        await self.spooler.start()
-        self.receiver = Receiver(
-            self.spool,
-            self.spooler,
-            lambda _address: "default",
-            self.settings,
-            DiskThreads(4),
-            asyncio.Semaphore(self.bodies_at_once),
-        )
-        self.server = FrontEnd(
-            self.loop, self.settings, self.receiver, lambda: self.settings.max_message_size
-        )
-        self.policy = Policy(self.settings)
-        self.door = Door("smtp", "RELAY_SMTP_LISTEN", self.policy, SmtpConnection)
-        [(self.host, self.port)] = await self.server.listen(self.door, [("127.0.0.1", 0)])
-        self._ready.set()
-        await self._stop.wait()
-        await self.server.stop(self.drain)
-        self.database.gate.set()
-        await self.spooler.close(10.0)
-        await self.loop.run_in_executor(None, self.receiver.threads.close, 10.0)
-        await self.server.stop(0.0)
-
-    async def _keep(self, channel: socket.socket) -> None:
-        with channel:
-            await self.loop.run_in_executor(
-                None, Spooler(channel, self.spool, self.database.commit).run
-            )
-
-    def ask_to_stop(self, drain: float) -> None:
-        self.drain = drain
-        self.loop.call_soon_threadsafe(self._stop.set)
-
-    def close(self) -> None:
-        if self._thread.is_alive():
-            self.loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(30)
-        assert not self._thread.is_alive()
-        space = self.policy.space
-        assert (space.claimed, space.stored, space.untrusted) == (0, 0, 0), "every claim ended"
+class SmtpHarness(ServerHarness):
+    """A server of SMTP in a thread."""
 
     @property
     def connections(self) -> set[SmtpConnection]:
         return cast(set[SmtpConnection], self.server.connections)
 
-    def bodies(self) -> list[str]:
-        return [path.name for path in self.spool.directory.glob("*/*")]
-
     def client(self, source: str = "127.0.0.1") -> "RawClient":
         return RawClient(self.host, self.port, source)
+
+
+def smtp_door(settings: SmtpdSettings) -> Door:
+    return Door("smtp", "RELAY_SMTP_LISTEN", Policy(settings), SmtpConnection)
 
 
 class RawClient:
@@ -189,10 +110,10 @@ class RawClient:
 
 
 @pytest.fixture
-def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., ServerHarness]]:
-    running: list[ServerHarness] = []
+def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., SmtpHarness]]:
+    running: list[SmtpHarness] = []
 
-    def start(bodies_at_once: int = 100, **settings: Any) -> ServerHarness:
+    def start(bodies_at_once: int = 100, **settings: Any) -> SmtpHarness:
         made = load(
             SmtpdSettings,
             state_dir=tmp_path,
@@ -200,7 +121,7 @@ def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., ServerHarness]]:
             hostname="relay.example",
             **settings,
         )
-        running.append(ServerHarness(spool, made, bodies_at_once))
+        running.append(SmtpHarness(spool, made, bodies_at_once, smtp_door))
         return running[-1]
 
     yield start
@@ -209,7 +130,7 @@ def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., ServerHarness]]:
 
 
 @contextmanager
-def talking(running: ServerHarness, source: str = "127.0.0.1") -> Iterator[RawClient]:
+def talking(running: SmtpHarness, source: str = "127.0.0.1") -> Iterator[RawClient]:
     client = running.client(source)
     try:
         yield client
@@ -224,7 +145,7 @@ TRACE = re.compile(
 )
 
 
-def stored(running: ServerHarness, message: NewMessage) -> bytes:
+def stored(running: SmtpHarness, message: NewMessage) -> bytes:
     """The body without its trace field, which is checked."""
     body = running.spool.path(message.id).read_bytes()
     assert message.size == len(body)
@@ -240,7 +161,7 @@ SIZES = [0, 1, 100, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3_000_000]
 
 @pytest.mark.parametrize("size", SIZES)
 def test_C1_C6_bytes_are_stored_as_they_were_sent(
-    run: Callable[..., ServerHarness], size: int
+    run: Callable[..., SmtpHarness], size: int
 ) -> None:
     running = run()
     line = b".text that needs stuffing \xff\0"
@@ -259,7 +180,7 @@ def test_C1_C6_bytes_are_stored_as_they_were_sent(
     assert running.hints == [message.id]
 
 
-def test_an_ordinary_client_and_the_whole_envelope(run: Callable[..., ServerHarness]) -> None:
+def test_an_ordinary_client_and_the_whole_envelope(run: Callable[..., SmtpHarness]) -> None:
     running = run()
     with smtplib.SMTP(running.host, running.port, local_hostname="client.example") as client:
         client.ehlo()
@@ -293,7 +214,7 @@ def test_an_ordinary_client_and_the_whole_envelope(run: Callable[..., ServerHarn
     ],
 )
 def test_cr_cr_lf_is_refused_or_stripped_by_setting(
-    run: Callable[..., ServerHarness], setting: str, networks: tuple[str, ...], reply: bytes
+    run: Callable[..., SmtpHarness], setting: str, networks: tuple[str, ...], reply: bytes
 ) -> None:
     running = run(bare_cr=setting, client_networks=networks, recipient_domains=("example.org",))
     with talking(running) as client:
@@ -331,7 +252,7 @@ MAILBOX_LINES = b"From ann Mon Jan  1\n>From bob remote from c\n"
     ],
 )
 def test_the_first_line_of_the_content_never_continues_the_trace_field(
-    run: Callable[..., ServerHarness], beginning: bytes, kept: bytes, size: int
+    run: Callable[..., SmtpHarness], beginning: bytes, kept: bytes, size: int
 ) -> None:
     running = run()
     rest = b"\n" + b"From x\n\ty\n" * (size // 10)
@@ -347,7 +268,7 @@ def test_the_first_line_of_the_content_never_continues_the_trace_field(
 
 
 def test_a_long_recipient_is_accepted_and_omitted_from_the_trace_field(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run()
     long = b"srs0=" + b"x" * 950 + b"@example.org"
@@ -361,7 +282,7 @@ def test_a_long_recipient_is_accepted_and_omitted_from_the_trace_field(
     assert max(map(len, trace.split(b"\n"))) <= 998
 
 
-def test_a_trusted_client_may_leave_the_domain_out(run: Callable[..., ServerHarness]) -> None:
+def test_a_trusted_client_may_leave_the_domain_out(run: Callable[..., SmtpHarness]) -> None:
     running = run()
     with talking(running) as client:
         client.expect(b"220")
@@ -373,7 +294,7 @@ def test_a_trusted_client_may_leave_the_domain_out(run: Callable[..., ServerHarn
     assert [one.address for one in message.recipients] == ["root@relay.example"]
 
 
-def test_an_untrusted_client_must_write_the_domain(run: Callable[..., ServerHarness]) -> None:
+def test_an_untrusted_client_must_write_the_domain(run: Callable[..., SmtpHarness]) -> None:
     running = run(client_networks=(), recipient_domains=("relay.example",))
     with talking(running) as client:
         client.expect(b"220")
@@ -385,7 +306,7 @@ def test_an_untrusted_client_must_write_the_domain(run: Callable[..., ServerHarn
 
 
 def test_a_header_in_utf_8_passes_and_an_address_does_not(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run()
     mail = EmailMessage(policy=policy.SMTPUTF8)
@@ -431,7 +352,7 @@ def postfix_client() -> Iterator[Callable[[int], PostfixClient]]:
 
 
 def test_a_utf_8_header_from_postfix_sendmail_arrives(
-    run: Callable[..., ServerHarness], postfix_client: Callable[[int], PostfixClient]
+    run: Callable[..., SmtpHarness], postfix_client: Callable[[int], PostfixClient]
 ) -> None:
     running = run()
     content = "Subject: Gr\xfc\xdfe \u2603\nMessage-ID: <m@i>\n\nhello\n".encode()
@@ -444,7 +365,7 @@ def test_a_utf_8_header_from_postfix_sendmail_arrives(
 
 
 def test_the_trace_field_omits_several_recipients_and_escapes_the_client(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run()
     with talking(running) as client:
@@ -462,7 +383,7 @@ def test_the_trace_field_omits_several_recipients_and_escapes_the_client(
     assert (message.sender, message.helo) == ("", "evil(host)")
 
 
-def test_C19_two_messages_in_one_packet(run: Callable[..., ServerHarness]) -> None:
+def test_C19_two_messages_in_one_packet(run: Callable[..., SmtpHarness]) -> None:
     running = run()
     with talking(running) as client:
         client.begin()
@@ -479,7 +400,7 @@ def test_C19_two_messages_in_one_packet(run: Callable[..., ServerHarness]) -> No
     ]
 
 
-def test_C2_smuggled_content_leaves_no_body(run: Callable[..., ServerHarness]) -> None:
+def test_C2_smuggled_content_leaves_no_body(run: Callable[..., SmtpHarness]) -> None:
     running = run()
     with talking(running) as client:
         client.begin()
@@ -489,7 +410,7 @@ def test_C2_smuggled_content_leaves_no_body(run: Callable[..., ServerHarness]) -
     assert running.database.messages == []
 
 
-def test_C12_content_over_the_limit_is_removed(run: Callable[..., ServerHarness]) -> None:
+def test_C12_content_over_the_limit_is_removed(run: Callable[..., SmtpHarness]) -> None:
     running = run(max_message_size=4 * BLOCK)
     with talking(running) as client:
         client.begin()
@@ -502,7 +423,7 @@ def test_C12_content_over_the_limit_is_removed(run: Callable[..., ServerHarness]
 
 
 def test_C20_a_client_that_disconnects_in_its_message_leaves_no_body(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run()
     with talking(running) as client:
@@ -514,7 +435,7 @@ def test_C20_a_client_that_disconnects_in_its_message_leaves_no_body(
 
 
 def test_C21_a_client_disconnects_before_its_message_is_committed(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run()
     running.database.gate.clear()
@@ -542,7 +463,7 @@ def test_C21_a_client_disconnects_before_its_message_is_committed(
 
 
 def test_C23_after_the_deadline_451_and_only_an_unknown_commit_keeps_its_body(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run(accept_deadline=0.5)
     running.database.gate.clear()
@@ -561,7 +482,7 @@ def test_C23_after_the_deadline_451_and_only_an_unknown_commit_keeps_its_body(
 
 
 def test_C23_a_row_that_the_database_refuses_is_451_and_leaves_no_body(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run()
     running.database.error = ValueError("secret reason")
@@ -584,7 +505,7 @@ def test_C23_a_row_that_the_database_refuses_is_451_and_leaves_no_body(
 @pytest.mark.parametrize("size", [100, 3 * BLOCK])
 @pytest.mark.parametrize("call", ["write", "fdatasync", "create"])
 def test_C22_disk_faults_are_temporary_and_leave_no_body(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
     monkeypatch: pytest.MonkeyPatch,
     number: int,
     reply: bytes,
@@ -616,7 +537,7 @@ def test_C22_disk_faults_are_temporary_and_leave_no_body(
 
 
 def test_a_slow_disk_pauses_reading_so_memory_stays_bounded(
-    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., SmtpHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
     append = BodyWriter.append
@@ -646,7 +567,7 @@ def test_a_slow_disk_pauses_reading_so_memory_stays_bounded(
     assert len(stored(running, message)) == size // 1000 * 999
 
 
-def test_C26_limits_on_connections(run: Callable[..., ServerHarness]) -> None:
+def test_C26_limits_on_connections(run: Callable[..., SmtpHarness]) -> None:
     running = run(max_connections=3, max_connections_per_client=2)
     with talking(running) as one, talking(running) as two:
         one.expect(b"220")
@@ -658,7 +579,7 @@ def test_C26_limits_on_connections(run: Callable[..., ServerHarness]) -> None:
     until(lambda: not running.connections and not running.server.clients)
 
 
-def test_C26_over_all_connections(run: Callable[..., ServerHarness]) -> None:
+def test_C26_over_all_connections(run: Callable[..., SmtpHarness]) -> None:
     running = run(max_connections=1)
     with talking(running) as one, talking(running) as two:
         one.expect(b"220")
@@ -667,7 +588,7 @@ def test_C26_over_all_connections(run: Callable[..., ServerHarness]) -> None:
 
 
 def test_C26_a_quarter_of_the_connections_is_reserved_for_trusted_clients(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run(max_connections=4, **CLOSED)
     with ExitStack() as stack:
@@ -686,7 +607,7 @@ def test_C26_a_quarter_of_the_connections_is_reserved_for_trusted_clients(
         stack.enter_context(talking(running, "127.0.0.3")).expect(b"220")
 
 
-def test_C26_a_network_of_ipv6_addresses_is_one_client(run: Callable[..., ServerHarness]) -> None:
+def test_C26_a_network_of_ipv6_addresses_is_one_client(run: Callable[..., SmtpHarness]) -> None:
     running = run(max_connections_per_client=2)
     server, client = running.server, running.policy.client
     let_in = [client("2001:db8::1"), client("2001:db8::2"), client("2001:db8:0:1::1")]
@@ -698,7 +619,7 @@ def test_C26_a_network_of_ipv6_addresses_is_one_client(run: Callable[..., Server
     assert (server.admitted, server.untrusted, server.clients) == (0, 0, {})
 
 
-def test_large_messages_wait_for_a_descriptor(run: Callable[..., ServerHarness]) -> None:
+def test_large_messages_wait_for_a_descriptor(run: Callable[..., SmtpHarness]) -> None:
     running = run(bodies_at_once=1)
     content = (b"x" * 998 + b"\r\n") * 4000
     with ExitStack() as stack:
@@ -731,7 +652,7 @@ def test_large_messages_wait_for_a_descriptor(run: Callable[..., ServerHarness])
     until(lambda: running.receiver.descriptors.locked() is False)
 
 
-def test_C26_a_silent_client_gets_421(run: Callable[..., ServerHarness]) -> None:
+def test_C26_a_silent_client_gets_421(run: Callable[..., SmtpHarness]) -> None:
     running = run(smtp_timeout=0.3)
     with talking(running) as silent, talking(running) as halfway:
         halfway.begin()
@@ -757,7 +678,7 @@ CLOSED = {"client_networks": ("127.0.0.1",), "recipient_domains": ("example.org"
 
 
 def test_unfinished_messages_of_untrusted_clients_leave_space_for_trusted_clients(
-    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., SmtpHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = run(**CLOSED)
     capacity = 4_000_000
@@ -803,7 +724,7 @@ def test_unfinished_messages_of_untrusted_clients_leave_space_for_trusted_client
 
 
 def test_content_that_cannot_be_stored_is_not_read_for_ever(
-    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., SmtpHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = run()
     found = SimpleNamespace(f_files=0, f_favail=0, f_bavail=MIN_FREE + 100_000, f_frsize=1)
@@ -817,7 +738,7 @@ def test_content_that_cannot_be_stored_is_not_read_for_ever(
     until(lambda: not running.bodies())
 
 
-def test_content_behind_a_fault_is_not_read_for_ever(run: Callable[..., ServerHarness]) -> None:
+def test_content_behind_a_fault_is_not_read_for_ever(run: Callable[..., SmtpHarness]) -> None:
     running = run()
     with talking(running) as client:
         client.begin()
@@ -829,7 +750,7 @@ def test_content_behind_a_fault_is_not_read_for_ever(run: Callable[..., ServerHa
 
 
 def test_C26_the_timeout_covers_a_whole_command(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run(smtp_timeout=1.0)
     with talking(running) as client:
@@ -848,7 +769,7 @@ def test_C26_the_timeout_covers_a_whole_command(
         dripping.join()
 
 
-def test_C26_a_transaction_has_a_time_limit(run: Callable[..., ServerHarness]) -> None:
+def test_C26_a_transaction_has_a_time_limit(run: Callable[..., SmtpHarness]) -> None:
     running = run(session_timeout=0.5)
     with talking(running) as idle, talking(running) as endless:
         endless.begin()
@@ -869,7 +790,7 @@ def test_C26_a_transaction_has_a_time_limit(run: Callable[..., ServerHarness]) -
 
 @pytest.mark.parametrize("source", [STRANGER, "127.0.0.1"])
 def test_C26_an_untrusted_client_must_send_at_the_minimum_rate(
-    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch, source: str
+    run: Callable[..., SmtpHarness], monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     monkeypatch.setattr("smtpd.server.RATE_WINDOW", 0.5)
     running = run(**CLOSED)
@@ -886,7 +807,7 @@ def test_C26_an_untrusted_client_must_send_at_the_minimum_rate(
 
 
 def test_input_that_has_arrived_is_read_before_a_deadline_counts(
-    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., SmtpHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = run()
     overdue, sent, tick = threading.Event(), threading.Event(), FrontEnd.tick
@@ -910,7 +831,7 @@ def test_input_that_has_arrived_is_read_before_a_deadline_counts(
 
 
 def test_a_late_clock_tick_ends_no_session(
-    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., SmtpHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(smtp_timeout=2.0)
     seen: list[str] = []
@@ -935,7 +856,7 @@ def test_a_late_clock_tick_ends_no_session(
 
 
 def test_C26_a_client_that_never_reads_is_aborted(
-    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., SmtpHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("reception.connection.LINGER_TIMEOUT", 0.1)
     running = run(smtp_timeout=0.4)
@@ -965,7 +886,7 @@ while True:
 
 
 def test_a_flood_of_commands_does_not_delay_other_clients(
-    run: Callable[..., ServerHarness], spawn: Callable[..., subprocess.Popen[Any]]
+    run: Callable[..., SmtpHarness], spawn: Callable[..., subprocess.Popen[Any]]
 ) -> None:
     running = run()
     flood = spawn([sys.executable, "-c", FLOOD, str(running.port)], stdout=subprocess.PIPE)
@@ -984,7 +905,7 @@ def test_a_flood_of_commands_does_not_delay_other_clients(
 
 
 def test_unread_replies_exceed_the_buffer_by_at_most_one_turn(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run()
     with talking(running) as client:
@@ -1004,7 +925,7 @@ def test_unread_replies_exceed_the_buffer_by_at_most_one_turn(
         assert server_reply > 5000, "the client can still read all of them"
 
 
-def test_C19_input_before_the_banner_is_refused(run: Callable[..., ServerHarness]) -> None:
+def test_C19_input_before_the_banner_is_refused(run: Callable[..., SmtpHarness]) -> None:
     running = run()
     held = threading.Event()
     running.loop.call_soon_threadsafe(held.wait, 10)
@@ -1015,7 +936,7 @@ def test_C19_input_before_the_banner_is_refused(run: Callable[..., ServerHarness
         assert client.closed()
 
 
-def test_C28_an_untrusted_client_cannot_relay(run: Callable[..., ServerHarness]) -> None:
+def test_C28_an_untrusted_client_cannot_relay(run: Callable[..., SmtpHarness]) -> None:
     running = run(client_networks=("192.0.2.0/24",), recipient_domains=("ours.example",))
     with smtplib.SMTP(running.host, running.port) as client:
         with pytest.raises(smtplib.SMTPRecipientsRefused) as caught:
@@ -1025,7 +946,7 @@ def test_C28_an_untrusted_client_cannot_relay(run: Callable[..., ServerHarness])
     assert [message.client_trusted for message in running.database.messages] == [False]
 
 
-def test_the_row_says_whether_the_client_is_trusted(run: Callable[..., ServerHarness]) -> None:
+def test_the_row_says_whether_the_client_is_trusted(run: Callable[..., SmtpHarness]) -> None:
     running = run()
     with smtplib.SMTP(running.host, running.port) as client:
         client.sendmail("a@example.com", ["b@example.org"], b"x\r\n")
@@ -1033,7 +954,7 @@ def test_the_row_says_whether_the_client_is_trusted(run: Callable[..., ServerHar
 
 
 def test_stopping_lets_a_transaction_finish_and_closes_idle_sessions(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run()
     with talking(running) as idle, talking(running) as busy:
@@ -1049,7 +970,7 @@ def test_stopping_lets_a_transaction_finish_and_closes_idle_sessions(
     assert len(running.database.messages) == 1
 
 
-def test_stopping_does_not_wait_for_ever(run: Callable[..., ServerHarness]) -> None:
+def test_stopping_does_not_wait_for_ever(run: Callable[..., SmtpHarness]) -> None:
     running = run()
     with talking(running) as client:
         client.begin()
@@ -1061,7 +982,7 @@ def test_stopping_does_not_wait_for_ever(run: Callable[..., ServerHarness]) -> N
     until(lambda: not running.bodies())
 
 
-def test_a_taken_port_names_the_address_and_the_setting(run: Callable[..., ServerHarness]) -> None:
+def test_a_taken_port_names_the_address_and_the_setting(run: Callable[..., SmtpHarness]) -> None:
     running = run()
     listening = asyncio.run_coroutine_threadsafe(
         running.server.listen(running.door, [(running.host, running.port)]), running.loop
