@@ -19,7 +19,7 @@ _HEADER = len(f"{MAX_LENGTH}::")  # bytes that decide about a length
 
 
 class TooManyRecipients(NetstringError):
-    """The request is well formed, but has more recipients than this reader takes."""
+    """The request is well formed and complete, but has more recipients than this reader takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +101,15 @@ class RequestReader:
         sender = yield from self._address()
         self.where = "recipient address"
         recipients: list[bytes] = []
+        too_many = False
         while self._left:
-            if len(recipients) == self._max_recipients:
-                raise TooManyRecipients(f"more than {self._max_recipients} recipients")
-            recipients.append((yield from self._address()))
+            address = yield from self._address()
+            too_many = len(recipients) == self._max_recipients
+            if not too_many:
+                recipients.append(address)
         yield from self._comma()
+        if too_many:
+            raise TooManyRecipients(f"more than {self._max_recipients} recipients")
         self.complete = True
         self._events.append(RequestComplete(sender, tuple(recipients)))
 

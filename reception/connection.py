@@ -87,7 +87,7 @@ class MailConnection(asyncio.Protocol, ABC):
         descriptor = transport.get_extra_info("socket").fileno()
         if descriptor >= self._server.last_descriptor:
             self._server.pause()
-        refusal = self._server.admit(self.client)
+        refusal = self._admit()
         if refusal is not None:
             self._refuse(refusal)
             return
@@ -133,6 +133,10 @@ class MailConnection(asyncio.Protocol, ABC):
     @abstractmethod
     def _open(self) -> None:
         """Makes the session."""
+
+    def _admit(self) -> str | None:
+        """Counts the connection, or returns the reply that refuses it."""
+        return self._server.admit(self.client)
 
     @abstractmethod
     def _start(self, descriptor: int) -> None:

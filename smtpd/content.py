@@ -12,6 +12,7 @@ is content that is too large or loops. After a fault nothing is decoded, only th
 from enum import Enum
 from io import IncrementalNewlineDecoder
 
+from reception import envelope
 from reception.header import MAX_RECEIVED, HeaderScanner
 
 _END = b"\r\n.\r\n"
@@ -22,8 +23,8 @@ class Fault(Enum):
     """Why content is refused: the reply to its end."""
 
     BARE = "550 5.6.11 Message contains a bare CR or LF"
-    TOO_BIG = "552 5.3.4 Message exceeds the size limit"
-    LOOP = "554 5.4.6 Too many hops, this mail is looping"
+    TOO_BIG = envelope.TOO_BIG
+    LOOP = envelope.LOOP
 
 
 class Content:

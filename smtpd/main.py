@@ -1,4 +1,4 @@
-"""The smtpd process: starts its parts in order and stops them in order.
+"""The smtpd process: starts its parts in order and stops them in order. It serves all doors.
 
 smtpd listens when settings, routes, database and spool are in order and the spooler has started. To
 stop, it accepts no connections, sends 421 to idle sessions, lets transactions finish for at most
@@ -7,9 +7,11 @@ RELAY_DRAIN_TIMEOUT, lets the spooler finish, and ends.
 
 import asyncio
 import signal
+from collections.abc import Iterable
 from functools import partial
 
-from reception.policy import Policy
+from qmqpd.server import QmqpConnection
+from reception.policy import Policy, qmqp_networks
 from reception.receiver import THREADS, DiskThreads, Receiver
 from reception.server import Door, FrontEnd
 from reception.spooler_client import SpoolerClient, launcher
@@ -44,17 +46,30 @@ def run(settings: SmtpdSettings) -> int:
 
     Raises SettingsError, SpoolerError, and the errors of `ready`.
     """
-    policy = Policy(settings)
+    doors = _doors(settings)
     routes = Routes.load(settings)
     state = ready(settings)
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(_serve(settings, policy, routes, state))
+        runner.run(_serve(settings, doors, routes, state))
     state.engine.dispose()
     return 0
 
 
+def _doors(settings: SmtpdSettings) -> list[tuple[Door, Iterable[tuple[str, int]]]]:
+    """The doors and their addresses; a door without an address stays closed."""
+    smtp = Policy(settings)
+    qmqp = Policy(settings, qmqp_networks(settings), smtp.space)
+    return [
+        (Door("smtp", "RELAY_SMTP_LISTEN", smtp, SmtpConnection), settings.smtp_listen),
+        (Door("qmqp", "RELAY_QMQP_LISTEN", qmqp, QmqpConnection), settings.qmqp_listen),
+    ]
+
+
 async def _serve(
-    settings: SmtpdSettings, policy: Policy, routes: Routes, state: DurableState
+    settings: SmtpdSettings,
+    doors: list[tuple[Door, Iterable[tuple[str, int]]]],
+    routes: Routes,
+    state: DurableState,
 ) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -69,13 +84,15 @@ async def _serve(
     )
     size_limit = partial(offered_size, settings.max_message_size, routes)
     server = FrontEnd(loop, settings, receiver, size_limit, last_descriptor)
-    smtp = Door("smtp", "RELAY_SMTP_LISTEN", policy, SmtpConnection)
     await spooler.start()
     freeze_memory()
-    addresses = await server.listen(smtp, settings.smtp_listen)
+    for door, addresses in doors:
+        open_at = [format_address(*address) for address in await server.listen(door, addresses)]
+        if open_at:
+            log.info("listening", door=door.name, addresses=open_at)
+        count = metrics.SESSIONS_OPEN.labels(door.name)
+        count.set_function(partial(server.sessions.__getitem__, door.name))
     hints.start()
-    log.info("listening", addresses=[format_address(*address) for address in addresses])
-    metrics.SESSIONS_OPEN.labels("smtp").set_function(lambda: server.sessions["smtp"])
     queue = metrics.QueueMetrics(state.engine, state.spool, hints.lists)
     stop_metrics = metrics.serve(settings, queue)
     await stop.wait()
