@@ -1,10 +1,10 @@
 """QMQP in over real TCP: replies, files and rows.
 
-Most tests run the front end in a thread, with a real spool and spooler, and a list for a database.
-The last ones run the whole program on a real database, with Postfix' `qmqp-source` and the relay's
-own client.
+The front end runs in a thread, with a real spool and spooler, and a list for a database. Foreign
+clients send to the whole program in tests/acceptance/test_qmqp_in.py.
 """
 
+import asyncio
 import re
 import socket
 import threading
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from qmqp.netstring import encode
+from qmqp.probe import probe
 from qmqp.reply import Reply, ReplyParser
 from qmqpd.server import QmqpConnection
 from reception.policy import Policy, qmqp_networks
@@ -205,6 +206,15 @@ def test_a_client_that_is_not_authorized_gets_z_and_no_connection_is_counted(
         stranger.send(wire_of(b"x" * 500_000))
         assert status(stranger.reply())[:1] == b"Z", "also if it reads only after it has written"
     assert [message.client_address for message in running.database.messages] == ["127.0.0.1"]
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_the_probe_knows_this_door(run: Callable[..., ServerHarness], allowed: bool) -> None:
+    running = run(qmqp_client_networks=("127.0.0.1" if allowed else "192.0.2.1",))
+    result = asyncio.run(probe(host=running.host, port=running.port, connect=10.0, reply=10.0))
+    assert (result.family, result.allowed) == ("qmqp-relay", allowed)
+    nothing_left(running)
+    assert running.database.messages == []
 
 
 def test_what_follows_a_reply_is_not_read_for_ever(run: Callable[..., ServerHarness]) -> None:
