@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from reception.header import MAX_RECEIVED
 from smtpd.content import Content, Fault
+from tests.content_model import model
 
 LIMIT = 1 << 20
 
@@ -22,19 +23,6 @@ def encode(text: bytes) -> bytes:
         b"".join((b"." if line.startswith(b".") else b"") + line + b"\r\n" for line in lines)
         + b".\r\n"
     )
-
-
-def model(wire: bytes, *, strip_cr: bool = False) -> tuple[bytes | None, bytes] | None:
-    """Decodes line by line: the text (None: a bare CR or LF in it) and the rest; None if there is
-    no end."""
-    end = (b"\r\n" + wire).find(b"\r\n.\r\n")
-    if end < 0:
-        return None
-    content, rest = wire[:end], wire[end + 3 :]
-    lines = content.split(b"\r\n")[:-1]
-    if re.search(rb"\n" if strip_cr else rb"[\r\n]", b"".join(lines)):
-        return None, rest
-    return b"".join(line.removeprefix(b".").replace(b"\r", b"") + b"\n" for line in lines), rest
 
 
 def decode(
