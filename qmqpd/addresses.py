@@ -39,7 +39,7 @@ def _mailbox(address: bytes, hostname: str, refusal: str) -> str:
     local, at, domain = address.decode("ascii").rpartition("@")
     if not at:
         local, domain = domain, hostname
-    domain = domain.removesuffix(".")
+    domain = domain.rstrip(".")
     if not local or not domain:
         raise Refused(f"{refusal}: empty local part or domain")
     mailbox = f"{local}@{domain}"

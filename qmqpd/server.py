@@ -5,8 +5,9 @@ in order: the relay closes its side, and reads what still comes until the client
 closed at once with bytes unread, the kernel would reset the connection, and the client might lose
 the reply and send the message again.
 
-What must stay true: the bytes and the time of that rest are bounded. A client that closes its side
-after the last comma still gets its reply; one that closes before leaves nothing.
+What must stay true: the bytes and the time of that rest are bounded, and so is the number of
+refused clients. A client that closes its side after the last comma still gets its reply; one that
+closes before leaves nothing.
 """
 
 import time
@@ -17,6 +18,9 @@ from reception.server import Door, FrontEnd
 
 DISCARD_LIMIT = 1 << 20
 """Octets that a client may send after its reply."""
+REFUSED_LIMIT = 32
+"""Connections that were not admitted and wait for their client to close. Further ones are closed at
+once, so that strangers hold no more descriptors; they may lose the reply, which is temporary."""
 
 
 class QmqpConnection(MailConnection):
@@ -65,7 +69,9 @@ class QmqpConnection(MailConnection):
         self._pause_reading(self._congested)
 
     def _close(self) -> None:
-        if self._half_closed or self._server.stopping:
+        refused = len(self._server.connections) - self._server.admitted
+        crowded = self._admitted is None and refused > REFUSED_LIMIT
+        if self._half_closed or self._server.stopping or crowded:
             super()._close()
         elif not self.transport.is_closing():
             self.transport.write_eof()

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,21 @@ def test_a_client_that_is_not_authorized_gets_z_and_no_connection_is_counted(
         stranger.send(wire_of(b"x" * 500_000))
         assert status(stranger.reply())[:1] == b"Z", "also if it reads only after it has written"
     assert [message.client_address for message in running.database.messages] == ["127.0.0.1"]
+
+
+def test_many_refused_clients_hold_no_descriptors(
+    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qmqpd.server.REFUSED_LIMIT", 2)
+    running = run()
+    with ExitStack() as stack:
+        for _ in range(9):
+            stranger = stack.enter_context(talking(running, STRANGER))
+            assert status(stranger.reply())[:1] == b"Z"
+        until(lambda: len(running.server.connections) == 2)
+        client = stack.enter_context(talking(running))
+        client.send(wire_of(b"hello\n"))
+        assert status(client.reply())[:1] == b"K"
 
 
 @pytest.mark.parametrize("allowed", [True, False])
