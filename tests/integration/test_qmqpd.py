@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -379,6 +379,28 @@ def test_a_silent_client_gets_z(run: Callable[..., ServerHarness]) -> None:
             client.send(sent)
             assert status(client.reply()) == b"ZTimeout, closing connection (#4.4.2)"
         nothing_left(running)
+
+
+def test_the_first_timeout_runs_for_the_lengths_as_a_whole(
+    run: Callable[..., ServerHarness],
+) -> None:
+    running = run()
+    with talking(running):
+        [connection] = until(lambda: tuple(running.server.connections))
+        began = connection.deadline
+        deadlines: list[float] = []
+        fed = threading.Event()
+
+        def feed() -> None:
+            for piece in (b"1", b"2", b":0:,0:"):
+                cast(QmqpConnection, connection).data_received(piece)
+                deadlines.append(connection.deadline)
+            fed.set()
+
+        running.loop.call_soon_threadsafe(feed)
+        assert fed.wait(10)
+    assert deadlines[:2] == [began, began]
+    assert deadlines[2] > began
 
 
 def test_a_request_has_a_time_limit(run: Callable[..., ServerHarness]) -> None:

@@ -217,7 +217,7 @@ def test_senders_of_qmail_pass_unchanged(sender: bytes) -> None:
 
 def test_names_without_a_domain_get_that_of_this_host() -> None:
     dialogue = QmqpDialogue()
-    dialogue.send(wire_of(b"", b"root", b"cron", b"a@b.example."))
+    dialogue.send(wire_of(b"", b"root", b"cron", b"a@b.example.."))
     [start, _] = dialogue.events
     assert isinstance(start, MailStarted)
     assert start.envelope.sender == "root@relay.example"
@@ -229,7 +229,7 @@ def test_names_without_a_domain_get_that_of_this_host() -> None:
 
 def test_a_repeated_recipient_gets_one_copy() -> None:
     dialogue = QmqpDialogue()
-    dialogue.send(wire_of(b"", b"", b"a@b", b"A@b", b"a@B", b"a@b."))
+    dialogue.send(wire_of(b"", b"", b"a@b", b"A@b", b"a@b.", b"a@B"))
     [start, _] = dialogue.events
     assert isinstance(start, MailStarted)
     assert [one.address for one in start.envelope.recipients] == ["a@b", "A@b"]

@@ -202,6 +202,13 @@ def test_A17_inner_strings_that_run_past_the_outer(wire):
         Reading().feed(wire)
 
 
+@pytest.mark.parametrize(("begin", "longest"), [(b"20:", 16), (b"20:0:,", 13), (b"20:0:,0:,", 10)])
+def test_A17_a_length_that_does_not_fit_is_refused_when_it_is_announced(begin: bytes, longest: int):
+    assert not Reading().feed(begin + b"%d:" % longest)
+    with pytest.raises(FormatError, match="string runs past the end"):
+        Reading().feed(begin + b"%d:" % (longest + 1))
+
+
 @pytest.mark.parametrize(
     "wire",
     [b"13:0:,0:,3:a@b,,", b"14:0:,0:,3:a@b,xx,", b"13:0:,0:,3:a@b,\n,", b"13:0:,0:,3:a@b,x,"],
