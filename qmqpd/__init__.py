@@ -1,4 +1,4 @@
-"""The door for QMQP: it gives hosts that speak only QMQP the queue that their protocol lacks.
+"""The door for QMQP, for hosts that speak only QMQP: their protocol has no queue.
 
 `session` is a request as a state machine without I/O, with `addresses`; `server` is the connection
 that drives it. Its process is smtpd, its server and its limits are those of reception/, and

@@ -1,10 +1,10 @@
 """Addresses of a QMQP request: which of them the relay accepts.
 
 QMQP carries octets without quoting, and only clients that may relay come this far. So the grammar
-of SMTP does not apply: whatever a QMQP server can deliver passes unchanged, qmail's magic senders
-(`#@[]`, `list-@host-@[]`) too. What no server reads as it was meant is refused, and so is an
-address beyond ASCII, because nobody can ask the next server whether it accepts that. A name without
-a domain gets this host's, as at SMTP.
+of SMTP does not apply: an address that a QMQP server can deliver passes unchanged, and so do
+qmail's magic senders (`#@[]`, `list-@host-@[]`). An address that servers read differently is
+refused. So is an address beyond ASCII, because QMQP cannot ask the next server whether it accepts
+that. A name without a domain gets this host's, as at SMTP.
 """
 
 import re

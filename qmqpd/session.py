@@ -5,11 +5,11 @@ whose envelope is filled in at its end. Texts of replies have the codes of SMTP 
 relay; here 2xx becomes K, 4xx becomes Z and 5xx becomes D, with the enhanced code behind the text,
 as qmail writes it.
 
-D is for what can never be accepted as it is: a request that is malformed, too large or without a
-recipient, an address that no server reads as it was meant, too many recipients (a client that can
-divide a message does so after D with 5.5.3), a mail loop. Z is for everything else: a fault of the
-relay, no space, a limit, a client that is not authorized. Its operator may correct that, and a Z
-bounces nothing until then.
+D is for a request that can never be accepted as it is: it is malformed, too large or without a
+recipient, it has an address that servers read differently or too many recipients (a client that can
+divide a message does so after D with 5.5.3), or its message loops. Z is for everything else: a
+fault of the relay, no space, a limit, a client that is not authorized. An operator can correct
+that, and a Z bounces nothing until then.
 
 What must stay true: a message is complete only with the last comma of its request; before that a
 client may close, and nothing is left.

@@ -9,7 +9,7 @@ import pytest
 
 from qmqp.sink import Sink, running_sink
 from tests.acceptance.installation import QUEUED_AS, Install, Installation, installed
-from tests.acceptance.stack import command
+from tests.acceptance.stack import StartUp, command
 from tests.services import free_port
 from tests.waiting import until
 
@@ -113,6 +113,15 @@ def test_nullmailer_tries_again_after_z(relay: Installation, install: Install) -
     sent = nullmailer(port, b"a@example.com\nb@null.test\n\nSubject: x\n\n")
     assert sent.returncode == 16, "ERR_MSG_TEMPFAIL"
     assert "not authorized" in sent.stdout
+
+
+def test_up_says_where_it_listens_for_qmqp(start_up: StartUp) -> None:
+    port = free_port()
+    up = start_up("--demo", QMQP_LISTEN=f"127.0.0.1:{port}")
+    assert f"QMQP in   127.0.0.1:{port}" in up.log_text()
+    sent = nullmailer(port, b"a@example.com\nb@up.test\n\nSubject: x\n\n")
+    assert sent.returncode == 0, sent.stderr
+    up.until_state("b@up.test", "delivered")
 
 
 def test_a_relay_before_another_relay(

@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of everything that reads bytes of strangers.
+"""Coverage-guided fuzzing of the parsers of foreign bytes.
 
 `targets` has a function for each parser: it takes any bytes and raises AssertionError if the parser
 breaks a promise. `python -m tests.fuzz` gives them bytes that atheris (libFuzzer) makes; what it
