@@ -22,7 +22,10 @@ JOBS ?= 3
 # For `make endure`: the number of faults, one a minute.
 MINUTES ?= 30
 
-.PHONY: help setup run demo status test soak faults endure coverage lint fmt bench lock clean
+# For `make fuzz`: how long each target runs.
+SECONDS ?= 60
+
+.PHONY: help setup run demo status test soak fuzz faults endure coverage lint fmt bench lock clean
 
 help: ## list the targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +62,10 @@ endure: ## half load for MINUTES=30, with a random fault each minute and the sam
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.faults.endure --minutes $(MINUTES) --seed "$(SEED)"
 
+fuzz: ## give the parsers bytes that reach new code (SECONDS=n for each; needs Linux on x86_64)
+	@scripts/setup dev
+	@exec $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
 coverage: ## run the tests and report their branch coverage (TESTS=path to choose)
 	@scripts/setup dev
 	@rm -rf .coverage
@@ -87,5 +94,5 @@ lock: ## update the lock files to newer dependencies (needs uv)
 	@scripts/lock
 
 clean: ## remove .venv and caches; mail in ./var stays
-	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache .coverage build dist *.egg-info
+	rm -rf .venv .fuzz .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache .coverage build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

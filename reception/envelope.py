@@ -8,6 +8,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+TOO_BIG = "552 5.3.4 Message exceeds the size limit"
+LOOP = "554 5.4.6 Too many hops, this mail is looping"
+ASCII_ONLY = "553 5.6.7 Only ASCII addresses are accepted here"
+
 
 class Refused(Exception):
     """A command, a sender or a recipient is refused.
@@ -57,7 +61,10 @@ class Recipient:
 @dataclass(slots=True)
 class Envelope:
     """One transaction, `started` at this time (monotonic): `sender` is '' if it is null,
-    `parameters` are those of MAIL, and `protocol` is the keyword of the trace field (RFC 3848)."""
+    `parameters` are those of MAIL, `helo` is '' if the protocol has no greeting, and `protocol` is
+    the keyword of the trace field (RFC 3848; QMQP has none there and stands for itself).
+
+    Protocols that send the envelope after the content fill in sender and recipients at its end."""
 
     sender: str
     parameters: Mapping[bytes, str]

@@ -159,6 +159,9 @@ Texts = Annotated[tuple[str, ...], NoDecode, _WORDS]
 Listens = Annotated[
     tuple[Annotated[tuple[str, int], from_text(parse_listen)], ...], NoDecode, _WORDS
 ]
+ListensOrOff = Annotated[
+    Listens, from_text(lambda text: () if text.strip().lower() == "off" else text)
+]
 Networks = Annotated[
     tuple[Annotated[str, _checked(lambda word: word == "connected" or parse_network(word))], ...],
     NoDecode,
@@ -239,9 +242,7 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "console"] = "auto"
     log_addresses: Literal["full", "redacted"] = "full"
-    metrics_listen: Annotated[
-        Listens, from_text(lambda text: () if text.strip().lower() == "off" else text)
-    ] = ()
+    metrics_listen: ListensOrOff = ()
     web_listen: Listens = (("127.0.0.1", 8025),)
     health_file: Path | None = None
 
@@ -260,6 +261,9 @@ class SmtpdSettings(Settings):
     smtp_listen: Listens = (("127.0.0.1", 2525),)
     publish: str = ""
     client_networks: Networks = ("127.0.0.0/8", "::1")
+    qmqp_listen: ListensOrOff = ()
+    qmqp_publish: str = ""
+    qmqp_client_networks: Networks = ("127.0.0.0/8", "::1")
     recipient_domains: Domains = ()
     allow_untrusted_routing: bool = False
     bare_cr: Literal["reject", "strip"] = "reject"

@@ -1,4 +1,4 @@
-"""The smtpd process: starts its parts in order and stops them in order.
+"""The smtpd process: starts its parts in order and stops them in order. It serves all doors.
 
 smtpd listens when settings, routes, database and spool are in order and the spooler has started. It
 does not wait for a database that is away if its spool is known. To stop, it accepts no connections,
@@ -8,10 +8,13 @@ spooler finish, and ends.
 
 import asyncio
 import signal
+from collections.abc import Iterable
 from functools import partial
 
-from reception.policy import Policy
+from qmqpd.server import QmqpConnection
+from reception.policy import Policy, qmqp_networks
 from reception.receiver import THREADS, DiskThreads, Receiver
+from reception.server import Door, FrontEnd
 from reception.spooler_client import SpoolerClient, launcher
 from relay import metrics
 from relay.hints import FRESH, Hints, celery_app
@@ -20,7 +23,7 @@ from relay.routes import Routes
 from relay.settings import SmtpdSettings, format_address
 from relay.startup import DurableState, freeze_memory, new_loop, ready
 from smtpd.descriptors import reserve_descriptors
-from smtpd.server import SmtpServer
+from smtpd.server import SmtpConnection
 
 log = get_logger(__name__)
 
@@ -44,17 +47,30 @@ def run(settings: SmtpdSettings) -> int:
 
     Raises SettingsError, SpoolerError, and the errors of `ready`.
     """
-    policy = Policy(settings)
+    doors = _doors(settings)
     routes = Routes.load(settings)
     state = ready(settings, accepts=True)
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(_serve(settings, policy, routes, state))
+        runner.run(_serve(settings, doors, routes, state))
     state.engine.dispose()
     return 0
 
 
+def _doors(settings: SmtpdSettings) -> list[tuple[Door, Iterable[tuple[str, int]]]]:
+    """The doors and their addresses; a door without an address stays closed."""
+    smtp = Policy(settings)
+    qmqp = Policy(settings, qmqp_networks(settings), smtp.space)
+    return [
+        (Door("smtp", "RELAY_SMTP_LISTEN", smtp, SmtpConnection), settings.smtp_listen),
+        (Door("qmqp", "RELAY_QMQP_LISTEN", qmqp, QmqpConnection), settings.qmqp_listen),
+    ]
+
+
 async def _serve(
-    settings: SmtpdSettings, policy: Policy, routes: Routes, state: DurableState
+    settings: SmtpdSettings,
+    doors: list[tuple[Door, Iterable[tuple[str, int]]]],
+    routes: Routes,
+    state: DurableState,
 ) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -68,13 +84,16 @@ async def _serve(
         state.spool, spooler, routes.route_for, settings, threads, asyncio.Semaphore(bodies)
     )
     size_limit = partial(offered_size, settings.max_message_size, routes)
-    server = SmtpServer(loop, settings, receiver, policy, size_limit, last_descriptor)
+    server = FrontEnd(loop, settings, receiver, size_limit, last_descriptor)
     await spooler.start()
     freeze_memory()
-    addresses = await server.listen(settings.smtp_listen)
+    for door, addresses in doors:
+        open_at = [format_address(*address) for address in await server.listen(door, addresses)]
+        if open_at:
+            log.info("listening", door=door.name, addresses=open_at)
+        count = metrics.SESSIONS_OPEN.labels(door.name)
+        count.set_function(partial(server.sessions.__getitem__, door.name))
     hints.start()
-    log.info("listening", addresses=[format_address(*address) for address in addresses])
-    metrics.SESSIONS_OPEN.set_function(lambda: len(server.connections))
     metrics.JOURNAL_LAG_MESSAGES.set_function(lambda: spooler.lag.messages)
     metrics.JOURNAL_LAG_BYTES.set_function(lambda: spooler.lag.octets)
     metrics.JOURNAL_LAG_SECONDS.set_function(lambda: spooler.lag.seconds)

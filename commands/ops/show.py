@@ -317,7 +317,8 @@ def _envelope(report: MessageReport) -> Iterator[tuple[str, str]]:
     if message.segment is not None:
         file = f"at {message.position}, {file}"
     user = f" as {message.auth_user}" if message.auth_user else ""
-    client = f"{message.client_address or 'here'} ({message.helo}) by {message.protocol}"
+    name = f" ({message.helo})" if message.helo else ""
+    client = f"{message.client_address or 'here'}{name} by {message.protocol}"
     received = message.received_at
     values = {
         "id": message.queue_id,

@@ -1,0 +1,195 @@
+"""A front end in a thread, with a real spool and spooler, and a list for a database."""
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import uvloop
+
+from reception.receiver import DiskThreads, Receiver
+from reception.server import Door, FrontEnd
+from reception.spooler import Spooler
+from reception.spooler_client import SpoolerClient
+from relay.queue.accept import EncodedMessage, NewMessage, NewRecipient, SegmentSpan
+from relay.settings import SmtpdSettings
+from relay.spool.journal.directory import JournalDirectory, SegmentFile
+from relay.spool.journal.format import Place
+from relay.spool.journal.reader import JournalReader
+from relay.spool.store import Spool
+from tests.bodies import body_in
+from tests.waiting import until
+
+
+class FakeDatabase:
+    """An acceptor whose rows are a list. While `gate` is closed a COMMIT waits; `error` is raised
+    by it. `known`: it is the database of the spool, and never older."""
+
+    known = 0
+
+    def __init__(self) -> None:
+        self.messages: list[NewMessage] = []
+        self.places: dict[str, Place | None] = {}
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error: Exception | None = None
+
+    def commit(
+        self, messages: Sequence[EncodedMessage], span: SegmentSpan, *, age: float = 0.0
+    ) -> None:
+        assert age >= 0
+        self.gate.wait(20)
+        if self.error is not None:
+            raise self.error
+        for encoded in messages:
+            message = decoded(encoded.rows)
+            self.messages.append(message)
+            at = encoded.position
+            self.places[message.id] = None if at is None else Place(span.segment, at)
+
+    def advance(self, _: object) -> None:
+        """The mark."""
+
+    def open_segment(self, *_: object) -> None:
+        """Its row."""
+
+    def seal_segment(self, *_: object) -> None:
+        """Its row."""
+
+    def sealed_segments(self) -> set[str]:
+        return set()
+
+
+def decoded(rows: bytes) -> NewMessage:
+    """The message of which these are the rows."""
+    (message,), recipients, deliveries = (
+        json.loads(f"[{line}]") for line in rows.decode().split("\n")
+    )
+    routes = {one["number"]: one["route"] for one in deliveries}
+    fields = {name: value for name, value in message.items() if name in NewMessage._fields}
+    return NewMessage(
+        **fields
+        | {
+            "id": message["id"].replace("-", ""),
+            "recipients": [
+                NewRecipient(one["address"], one["notify"], one["orcpt"], routes[one["delivery"]])
+                for one in recipients
+            ],
+        }
+    )
+
+
+class HeldSyncs:
+    """Syncs of segments wait until `gate` is set; `taken`: one of them has begun."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.gate, self.taken = threading.Event(), threading.Event()
+        sync = SegmentFile.sync
+
+        def held(file: SegmentFile) -> None:
+            self.taken.set()
+            self.gate.wait(20)
+            sync(file)
+
+        monkeypatch.setattr(SegmentFile, "sync", held)
+
+
+class ServerHarness:
+    """A front end with one door, in a thread."""
+
+    def __init__(
+        self,
+        spool: Spool,
+        settings: SmtpdSettings,
+        bodies_at_once: int,
+        door: Callable[[SmtpdSettings], Door],
+    ) -> None:
+        self.door = door(settings)
+        self.policy = self.door.policy
+        self.spool, self.settings, self.bodies_at_once = spool, settings, bodies_at_once
+        self.database = FakeDatabase()
+        self.hints: list[str] = []
+        self.loop = uvloop.new_event_loop()
+        self._ready, self._stop = threading.Event(), asyncio.Event()
+        self.drain = 0.0
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_until_complete(self._serve())
+        self.loop.close()
+
+    async def _serve(self) -> None:
+        self.spooler = SpoolerClient(
+            self._keep,
+            lambda ids, _route: self.hints.extend(ids),
+            self.settings.accept_deadline,
+        )
+        await self.spooler.start()
+        self.receiver = Receiver(
+            self.spool,
+            self.spooler,
+            lambda _address: "default",
+            self.settings,
+            DiskThreads(4),
+            asyncio.Semaphore(self.bodies_at_once),
+        )
+        self.server = FrontEnd(
+            self.loop, self.settings, self.receiver, lambda: self.settings.max_message_size
+        )
+        [(self.host, self.port)] = await self.server.listen(self.door, [("127.0.0.1", 0)])
+        self._ready.set()
+        await self._stop.wait()
+        await self.server.stop(self.drain)
+        self.database.gate.set()
+        await self.spooler.close(10.0)
+        await self.loop.run_in_executor(None, self.receiver.threads.close, 10.0)
+        await self.server.stop(0.0)
+
+    async def _keep(self, channel: socket.socket) -> None:
+        database: Any = self.database
+        with channel:
+            spooler = Spooler(
+                channel,
+                self.spool,
+                database,
+                database,
+                database,
+                limit=self.settings.journal_limit,
+                segment_size=8 << 20,
+            )
+            await self.loop.run_in_executor(None, spooler.run)
+
+    def ask_to_stop(self, drain: float) -> None:
+        self.drain = drain
+        self.loop.call_soon_threadsafe(self._stop.set)
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+        space = self.policy.space
+        assert (space.claimed, space.stored, space.untrusted) == (0, 0, 0), "every claim ended"
+
+    def bodies(self) -> list[str]:
+        """The files of large messages."""
+        return [path.name for path in self.spool.directory.glob("*/*") if len(path.name) == 32]
+
+    def messages(self, count: int) -> list[NewMessage]:
+        """The messages, once so many have rows."""
+        until(lambda: len(self.database.messages) >= count)
+        assert len(self.database.messages) == count
+        return self.database.messages
+
+
+def body_of(running: ServerHarness, message: NewMessage) -> bytes:
+    place = running.database.places[message.id]
+    if place is None:
+        return body_in(running.spool.path(message.id))
+    return JournalReader(JournalDirectory(running.spool.handle)).read(place, message.size)
