@@ -36,6 +36,15 @@ def actor() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
+def confirmed(summary: str, *, yes: bool) -> bool:
+    """Whether the operator agrees. Without a terminal to ask on, CommandError names --yes."""
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise CommandError(WRONG_USE, f"{summary}? Add --yes to do it")
+    return typer.confirm(f"{summary}?")
+
+
 def change(
     name: str,
     filter_: Filter,
@@ -69,11 +78,8 @@ def change(
             write(rows, COLUMNS, json_lines=json_lines)
             say(f"would {summary}")
             return DONE
-        if min(matched.total(), limit or 2) > 1 and not yes:
-            if not sys.stdin.isatty():
-                raise CommandError(WRONG_USE, f"{summary}? Add --yes to change more than one")
-            if not typer.confirm(f"{summary}?"):
-                return NOTHING_MATCHED
+        if min(matched.total(), limit or 2) > 1 and not confirmed(summary, yes=yes):
+            return NOTHING_MATCHED
         chunks = operations.in_chunks(
             operation,
             filter_,
