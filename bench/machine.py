@@ -25,7 +25,11 @@ import psutil
 
 from bench.services import ROOT
 
-_PACKAGES = ("celery", "kombu", "redis", "sqlalchemy", "psycopg", "uvloop", "structlog")
+_PACKAGES = (
+    *("celery", "kombu", "redis", "sqlalchemy", "psycopg", "uvloop", "structlog"),
+    *("procrastinate", "pgqueuer", "asyncpg"),
+)
+NO_JOURNAL = ", no journal"  # the end of the fact about the disk
 IDLE = 0.4  # seconds without any transfer
 
 
@@ -54,7 +58,7 @@ def _disk(directory: Path) -> str:
     device = directory.stat().st_dev
     name = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve().name
     journal = any(Path("/proc/fs/jbd2").glob(f"{name}-*"))
-    return disk if journal or not disk.startswith("ext4") else f"{disk}, no journal"
+    return disk if journal or not disk.startswith("ext4") else disk + NO_JOURNAL
 
 
 def load_average() -> str:

@@ -4,36 +4,41 @@ Every part first waits until the queue is empty and the disk is idle. A message 
 when the sink has accepted it, and as done when its outcome is committed too.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from bench.load import connect, deliver, send, text_of
 from bench.machine import cpu_seconds, each_process, machine_cpu_seconds, wait_until_idle
+from bench.nullmailer import NullmailerSystem
+from bench.postfix import PostfixSystem
 from bench.services import wait
-from bench.systems import PostfixSystem, RelaySystem
+from bench.systems import Arrangement, RelaySystem
 
 PAUSE = 0.1  # seconds between two single messages, so that the system is idle
 MIN_VOLUME = 240.0  # MB; less is sent in about a second, too short for a rate
+TO_250 = "from the dot to 250"
 NO_RATIO = " (too little for a ratio)"
 
-type System = RelaySystem | PostfixSystem
+type System = RelaySystem | PostfixSystem | NullmailerSystem
 type Figures = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """The size of the loads: numbers of messages, of large ones, of single ones, and of deliveries
-    to the slow server.
+    """The size of the loads: numbers of messages, of large ones, of single ones, of deliveries to
+    the slow server, and of jobs.
 
-    `connections` goes up to the default of RELAY_MAX_CONNECTIONS. `volume`: bytes that pass while
-    memory is measured. `disk_timeout`: seconds to wait for an idle disk. `overdue`: seconds that a
-    held message waits; after GRACE workers poll for it, so the loss of its hint does not matter.
+    `connections`: how many are open while memory is measured; `volume`: bytes that pass meanwhile,
+    so what does not fit into it at once is not measured. `disk_timeout`: seconds to wait for an
+    idle disk. `overdue`: seconds that a held message waits; after GRACE workers poll for it, so the
+    loss of its hint does not matter.
     """
 
     messages: int = 5000
@@ -42,16 +47,25 @@ class Scale:
     large: int = 40
     large_size: int = 20_000_000
     singles: int = 300
-    connections: tuple[int, ...] = (1, 50, 200, 1000)
-    slow: int = 1500
-    volume: int = 80_000_000
+    connections: tuple[int, ...] = (20, 100, 500)
+    slow: int = 4000
+    jobs: int = 8000
+    volume: int = 2_000_000_000
     runs: int = 5
     disk_timeout: float = 20.0
     overdue: float = 5.5
 
 
 QUICK = Scale(
-    messages=1000, large=3, singles=40, connections=(1, 100), slow=500, runs=1, disk_timeout=3.0
+    messages=1000,
+    large=3,
+    singles=40,
+    connections=(20, 100),
+    slow=1000,
+    jobs=2000,
+    volume=400_000_000,
+    runs=1,
+    disk_timeout=3.0,
 )
 SMOKE = Scale(
     messages=100,
@@ -60,7 +74,8 @@ SMOKE = Scale(
     singles=10,
     connections=(1, 10),
     slow=100,
-    volume=2_000_000,
+    jobs=64,
+    volume=20_000_000,
     runs=1,
     disk_timeout=0.1,
     overdue=0.1,
@@ -69,12 +84,12 @@ SMOKE = Scale(
 
 @dataclass(slots=True)
 class Run:
-    """One run of a part on a system with so many workers. `busy`: the disk was not idle within
+    """One run of a part on a system. `busy`: the disk was not idle within
     `scale.disk_timeout`."""
 
     system: System
     scale: Scale
-    workers: int = 1
+    arrangement: Arrangement = field(default_factory=Arrangement)
     busy: bool = False
 
     def prepare(self) -> int:
@@ -128,15 +143,14 @@ class Run:
 @dataclass(frozen=True, slots=True)
 class Part:
     """`run` returns the figures of one run in `unit`; those named "CPU ..." are microseconds a
-    message. It is called once for each number of `workers`; `slow`: with the slow server."""
+    message. It is called once for each of the `arrangements`."""
 
     name: str
     title: str
     unit: str
     run: Callable[[Run], Figures]
     more_is_better: bool = True
-    workers: tuple[int, ...] = (1,)
-    slow: bool = False
+    arrangements: tuple[Arrangement, ...] = (Arrangement(),)
 
 
 def _load(run: Run, *, reuse: bool) -> Figures:
@@ -171,24 +185,38 @@ def _large(run: Run) -> Figures:
     return {"in": megabytes / seconds, out: megabytes / (delivered - released)}
 
 
+def percentiles(name: str, seconds: list[float]) -> Figures:
+    """Percentiles in milliseconds."""
+    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
+    return {f"{name}, p{percent}": 1000 * cuts[percent - 1] for percent in (50, 95, 99)}
+
+
 def _latency(run: Run) -> Figures:
     text = text_of(run.scale.size)
-    times = []  # last byte sent, 250, sink
+    replies, deliveries = [], []
     before = run.prepare()
     with connect(run.system.smtp_port) as client:
         for number in range(1, run.scale.singles + 1):
             sent, accepted = deliver(client, text)
-            times.append((sent, accepted, run.wait_for(before + number, pause=0.0002)))
+            replies.append(accepted - sent)
+            deliveries.append(run.wait_for(before + number, pause=0.0002) - accepted)
             time.sleep(PAUSE)
-    steps = {
-        "from the dot to 250": [1000 * (accepted - sent) for sent, accepted, _ in times],
-        "from 250 to the sink's yes": [1000 * (sink - accepted) for _, accepted, sink in times],
-    }
-    return {
-        f"{name}, p{percent}": statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
-        for name, values in steps.items()
-        for percent in (50, 99)
-    }
+    return percentiles(TO_250, replies) | percentiles("from 250 to the sink's yes", deliveries)
+
+
+def _loaded(run: Run) -> Figures:
+    text = text_of(run.scale.size)
+    replies = []
+    run.send(100)
+    before = run.prepare()
+    with ThreadPoolExecutor(1) as pool, connect(run.system.smtp_port) as client:
+        load = pool.submit(run.send, run.scale.messages)
+        while not load.done():
+            sent, accepted = deliver(client, text)
+            replies.append(accepted - sent)
+    load.result()
+    run.wait_for(before + run.scale.messages + len(replies))
+    return percentiles(TO_250, replies)
 
 
 def _slow(run: Run) -> Figures:
@@ -199,7 +227,8 @@ def _slow(run: Run) -> Figures:
     low = run.wait_for(before + run.scale.slow // 10)
     first = run.system.sink.count()
     high = run.wait_for(before + run.scale.slow * 9 // 10)
-    return {f"workers: {run.workers}": (run.system.sink.count() - first) / (high - low)}
+    name = f"workers: {run.arrangement.workers}, connections: {run.arrangement.connections}"
+    return {name: (run.system.sink.count() - first) / (high - low)}
 
 
 def _memory(run: Run) -> Figures:
@@ -210,18 +239,20 @@ def _memory(run: Run) -> Figures:
             for _ in range(count):
                 stack.enter_context(connect(run.system.smtp_port))
             figures[f"{count} idle connections"] = run.resident()
-    for size in (run.scale.size, 1_000_000, run.scale.large_size):
-        count = max(4, min(400, run.scale.volume // size))
+    sizes = (run.scale.size, run.scale.large_size)
+    for size, sessions in itertools.product(sizes, run.scale.connections):
+        if size * sessions > run.scale.volume:
+            continue
+        count = min(10 * sessions, run.scale.volume // size)
         before = run.prepare()
-        # The highest memory while four messages at once pass.
         samples = []
         with ThreadPoolExecutor(1) as pool:
-            sending = pool.submit(run.send, count, size, sessions=4, reuse=True)
+            sending = pool.submit(run.send, count, size, sessions=sessions, reuse=True)
             while not sending.done():
                 samples.append(run.resident())
         sending.result()
         run.wait_for(before + count)
-        figures[f"messages of {size:,} bytes"] = max(*samples, run.resident())
+        figures[f"{sessions} sessions of {size:,} bytes"] = max(*samples, run.resident())
     return figures
 
 
@@ -233,23 +264,27 @@ PARTS = (
         "two workers, as load",
         "messages a second",
         partial(_load, reuse=False),
-        workers=(2,),
+        arrangements=(Arrangement(workers=2),),
     ),
     Part("large", "messages of 20 MB", "MB a second", _large),
     Part(
         "latency", "one message at a time, on an idle system", "ms", _latency, more_is_better=False
     ),
+    Part("loaded", "one message at a time beside the load", "ms", _loaded, more_is_better=False),
     Part(
         "slow",
         "to a server that takes 100 ms",
         "messages a second",
         _slow,
-        workers=(1, 2),
-        slow=True,
+        arrangements=(
+            Arrangement(slow=True),
+            Arrangement(workers=2, slow=True),
+            Arrangement(connections=200, slow=True),
+        ),
     ),
     Part(
         "memory",
-        "resident, sum of PSS: smtpd, spooler, worker; all of Postfix",
+        "resident, sum of PSS: smtpd, spooler, worker; all of a peer",
         "MiB",
         _memory,
         more_is_better=False,

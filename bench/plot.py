@@ -27,8 +27,9 @@ _PANELS = {
         "two": "two workers: ",
     },
     "messages a second to a server that takes 100 ms": {"slow": ""},
+    "jobs a second through SQL alone": {"ledger": ""},
     "MB a second, messages of 20 MB": {"large": ""},
-    "ms, one message at a time (less is better)": {"latency": ""},
+    "ms, one message at a time (less is better)": {"latency": "", "loaded": "beside the load: "},
     "MiB resident, sum of PSS (less is better)": {"memory": ""},
 }
 _COST = "CPU a message, microseconds (a connection a message)"

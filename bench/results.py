@@ -44,9 +44,8 @@ def measure(part: Part, systems: Sequence[System], scale: Scale) -> PartResult:
             run = Run(system, scale)
             figures: Figures = {}
             try:
-                for workers in part.workers:
-                    run.workers = workers
-                    if system.arrange(workers, slow=part.slow):
+                for run.arrangement in part.arrangements:
+                    if system.arrange(run.arrangement):
                         figures |= part.run(run)
             except Exception as error:  # any fault of this run: the others keep their figures
                 failure = f"run {turn + 1}, {system.name}: {type(error).__name__}: {error}"
@@ -81,10 +80,12 @@ def _ratios(by_system: dict[str, Values], *, more_is_better: bool) -> Figures:
 def table(result: PartResult, systems: Sequence[str]) -> str:
     """A part as a table: a line for each figure, a column for each system; the median, the lowest
     and highest run, and the ratio to Postfix."""
-    title = f"{result.name}: {result.words} ({result.unit}; x: times better than {PEER})"
+    ratios = any(result.times_better_than_postfix.values())
+    explained = f"; x: times better than {PEER}" if ratios else ""
+    title = f"{result.name}: {result.words} ({result.unit}{explained})"
     rows = {name: name for name in result.figures if not name.startswith(COST)}
-    costs = {f"  {role}": name for role in ROLES if (name := f"{COST}{role}") in result.figures}
-    heading = {"CPU, us a message:": ""} if costs else {}
+    costs = {f"  {name.removeprefix(COST)}": name for name in result.figures if name not in rows}
+    heading = {"CPU, us a message or job:": ""} if costs else {}
     lines = [f"\n{title}", _line("", systems)]
     for head, name in (rows | heading | costs).items():
         lines.append(_line(head, [_cell(result, name, system) for system in systems]))
@@ -93,7 +94,7 @@ def table(result: PartResult, systems: Sequence[str]) -> str:
 
 
 def _line(head: str, cells: Sequence[str]) -> str:
-    return f"  {head:<32}" + "".join(f"{cell:>34}" for cell in cells)
+    return f"  {head:<44}" + "".join(f"{cell:>34}" for cell in cells)
 
 
 def _cell(result: PartResult, name: str, system: str) -> str:

@@ -22,6 +22,10 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
+import psycopg
+from psycopg.sql import SQL, Identifier
+from sqlalchemy import make_url
+
 ROOT = Path(__file__).parent.parent
 RELAY = (sys.executable, "-m", "commands.cli.main")  # `qmqp-relay` of this source
 _PR_SET_PDEATHSIG = 1
@@ -100,6 +104,12 @@ def find_program(name: str) -> str | None:
     return shutil.which(name) or shutil.which(
         name, path="/usr/sbin:/sbin:/usr/local/sbin:/usr/libexec/postfix"
     )
+
+
+def not_installed(*programs: str) -> str:
+    """A sentence that names the programs that are not installed; empty if all are."""
+    absent = [name for name in programs if find_program(name) is None]
+    return f"not installed: {', '.join(absent)}" if absent else ""
 
 
 @contextmanager
@@ -182,6 +192,21 @@ def postgresql(directory: Path) -> Iterator[tuple[int, str]]:
         **options,
     ) as child:
         yield child.pid, f"postgresql+psycopg://postgres@/postgres?host={directory}"
+
+
+def beside(url: str, name: str) -> str:
+    """The URL of another, new database on the same server or in the same directory."""
+    other = make_url(url)
+    if other.get_backend_name() == "sqlite":
+        return f"{url}-{name}"
+    with psycopg.connect(plain(url), autocommit=True) as connection:
+        connection.execute(SQL("CREATE DATABASE {}").format(Identifier(name)))
+    return other.set(database=name).render_as_string(hide_password=False)
+
+
+def plain(url: str) -> str:
+    """A URL of SQLAlchemy as the drivers of PostgreSQL take it."""
+    return url.replace("+psycopg:", ":", 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,20 +16,16 @@ from collections import defaultdict
 from pathlib import Path
 
 import psutil
-from sqlalchemy import Engine, make_url
+from sqlalchemy import Engine
 
 from bench import history
 from bench.machine import cpu_seconds
-from relay.db.engine import connect, migrate, writing
+from bench.relay_queue import RelayQueue
+from bench.services import beside
+from relay.db.engine import migrate
 from relay.dsn.generator import DsnGenerator
-from relay.ids import new_id
-from relay.queue.accept import Acceptor, NewMessage, NewRecipient
-from relay.queue.claim import WorkerQueue
-from relay.queue.model import Attempt, ClaimRequest, Completion
-from relay.queue.outcome import Outcome
+from relay.queue.model import ClaimRequest
 from relay.queue.rescue import Rescuer
-from relay.queue.states import State
-from relay.settings import WorkerSettings, load
 from relay.spool.store import Spool
 
 ROUND = 32
@@ -37,27 +33,15 @@ ROUTES = ("default", "dead")
 BLOCK = 10  # idle turns between two readings of the CPU time, which has ticks of 10 ms
 
 
-class RelayQueue:
-    """The statements of smtpd and of a worker, without either process. `samples` are the values of
-    each figure."""
+class IdleRelay(RelayQueue):
+    """A queue with the sweeper of its worker. `samples` are the values of each figure."""
 
     def __init__(self, url: str, directory: Path) -> None:
-        migrate(url)
-        settings = load(WorkerSettings, state_dir=directory, delay_warning=4 * 3600.0)
-        self.engine = connect(url, hot=True)
+        super().__init__(url, directory)
         spool = Spool(directory)
         spool.prepare(self.engine, unsafe=True)
-        self.acceptor = Acceptor(
-            self.engine,
-            lifetime=settings.queue_lifetime,
-            grace=settings.grace,
-        )
-        self.delay_warning = settings.delay_warning
-        self.queue = WorkerQueue(self.engine, settings)
-        self.rescuer = Rescuer(self.engine, settings)
-        self.generator = DsnGenerator(self.engine, spool, settings, lambda _: "default")
-        self.worker = new_id()
-        self.queue.register(self.worker, "bench", os.getpid())
+        self.rescuer = Rescuer(self.engine, self.settings)
+        self.generator = DsnGenerator(self.engine, spool, self.settings, lambda _: "default")
         self.samples: defaultdict[str, list[float]] = defaultdict(list)
 
     def turn(self) -> None:
@@ -83,36 +67,10 @@ class RelayQueue:
 
     def round(self) -> None:
         """Measure how ROUND messages are accepted, claimed and completed."""
-        recipients = [NewRecipient("b@example.org")]
-        messages = [
-            NewMessage(new_id(), "a@example.com", 4096, recipients, "192.0.2.1", "c", "ESMTP")
-            for _ in range(ROUND)
-        ]
         began = time.perf_counter()
-        with writing(self.engine) as connection:
-            self.acceptor.insert(connection, messages, delay_warning=self.delay_warning)
+        ids = self.accept(ROUND)
         accepted = time.perf_counter()
-        (claims,) = self.queue.commit(
-            [ClaimRequest(self.worker, [message.id for message in messages], {"default": ROUND})]
-        )
-        if not isinstance(claims, list) or len(claims) != ROUND:
-            raise SystemExit("not all of a round was claimed")
-        attempt = Attempt(1, "192.0.2.1:628", Outcome.DELIVERED, "ok", 4200, 0.1, 0.0)
-        self.queue.commit(
-            [
-                Completion(
-                    self.worker,
-                    claim.queue_id,
-                    claim.number,
-                    claim.claim,
-                    State.DELIVERED,
-                    Outcome.DELIVERED,
-                    "ok",
-                    attempts=[attempt],
-                )
-                for claim in claims
-            ]
-        )
+        self.complete_and_claim(self.complete_and_claim([], ids), [])
         completed = time.perf_counter()
         self.samples["accepted a second"].append(ROUND / (accepted - began))
         self.samples["claimed and completed a second"].append(ROUND / (completed - accepted))
@@ -125,24 +83,14 @@ def database_cpu(engine: Engine) -> float:
     return cpu_seconds(child.pid for child in psutil.Process().children())
 
 
-def beside(url: str) -> str:
-    """The URL of a second, new database on the same server."""
-    other = make_url(url)
-    if other.get_backend_name() == "sqlite":
-        return f"{url}-waiting"
-    engine = connect(url)
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.exec_driver_sql("CREATE DATABASE waiting")
-    engine.dispose()
-    return other.set(database="waiting").render_as_string(hide_password=False)
-
-
 def measure(name: str, url: str, rows: int, turns: int, rounds: int) -> None:
     """Print a line for each figure: with an empty queue, with the rows, and the ratio. The two take
     turns, so that other load on the machine is the same for both."""
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
-        full_url = beside(url)
-        empty, full = RelayQueue(url, Path(first)), RelayQueue(full_url, Path(second))
+        full_url = beside(url, "waiting")
+        for each in (url, full_url):
+            migrate(each)
+        empty, full = IdleRelay(url, Path(first)), IdleRelay(full_url, Path(second))
         history.fill(full_url, rows)
         history.run(full_url, "make_overdue")
         for relay in (empty, full) * 10:  # plans and caches

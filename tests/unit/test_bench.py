@@ -1,12 +1,19 @@
 """The evaluation of a benchmark: turns, ratios, failures. `.ci/bench` runs its measurements."""
 
 import dataclasses
+import socket
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from bench import plot
-from bench.parts import NO_RATIO, Part, Run, Scale
+import pytest
+
+from bench import plot, services
+from bench.parts import NO_RATIO, Part, Run, Scale, percentiles
 from bench.results import PEER, PartResult, measure, table
+from bench.systems import Arrangement
+
+TWO = (Arrangement(), Arrangement(workers=2))
 
 
 class PreparedSystem:
@@ -15,8 +22,8 @@ class PreparedSystem:
     def __init__(self, name: str, directory: Path, *runs: float | Exception) -> None:
         self.name, self.directory, self.runs = name, directory, list(runs)
 
-    def arrange(self, workers: int, *, slow: bool) -> bool:
-        return workers == 1 and not slow
+    def arrange(self, arrangement: Arrangement) -> bool:
+        return arrangement.workers == 1
 
 
 def measured(*systems: Any, more_is_better: bool = True, name: str = "accepted") -> PartResult:
@@ -27,7 +34,7 @@ def measured(*systems: Any, more_is_better: bool = True, name: str = "accepted")
             raise figure
         return {name: figure}
 
-    part = Part("load", "words", "unit", run, more_is_better, workers=(1, 2))
+    part = Part("load", "words", "unit", run, more_is_better, arrangements=TWO)
     return measure(part, list(systems), Scale(runs=3, disk_timeout=0.0))
 
 
@@ -87,3 +94,23 @@ def test_table_file_and_plot_accept_failed_runs(tmp_path: Path):
     assert all(
         unit in drawn for unit in ("messages a second", "MB a second", "ms, one", "MiB resident")
     )
+
+
+def test_percentiles_of_seconds_are_milliseconds():
+    figures = percentiles("to 250", [number / 1000 for number in range(101)])
+    assert figures == pytest.approx({"to 250, p50": 50, "to 250, p95": 95, "to 250, p99": 99})
+
+
+def is_counted(sink: services.SinkProcess, count: int) -> bool:
+    return sink.count() == count
+
+
+def test_the_slow_sink_replies_to_each_request_and_counts_it(tmp_path: Path):
+    with services.sink("qmqp-sink", tmp_path, delay=0.001) as sink:
+        for count in (1, 2):
+            with socket.create_connection(("127.0.0.1", sink.port), timeout=30) as client:
+                for part in (b"1", b"0:", b"x" * 10, b","):
+                    client.sendall(part)
+                assert client.recv(100) == b"3:Kok,"
+                assert client.recv(100) == b""
+            services.wait(partial(is_counted, sink, count), "counted", timeout=30)
