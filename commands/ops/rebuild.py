@@ -63,19 +63,25 @@ class Lacking(NamedTuple):
 
 @dataclass
 class RebuildReport:
-    """What a rebuild found. `skipped`: messages that are older than --since; `lost`: what is wrong
-    with messages that cannot be rebuilt."""
+    """What a rebuild found. `skipped`: messages that are older than --since; `damages` and `bare`:
+    octets of segments, and files, from which nothing can be rebuilt; `waiting`: messages whose rows
+    the committer is going to make, the first of which arrived `waiting_age` seconds ago."""
 
     messages: int = 0
     deliveries: int = 0
     octets: int = 0
     skipped: int = 0
-    lost: list[str] = field(default_factory=list)
+    waiting: int = 0
+    waiting_age: float = 0.0
+    ids: list[str] = field(default_factory=list)
+    damages: list[str] = field(default_factory=list)
+    bare: list[str] = field(default_factory=list)
 
     def count(self, lacking: Lacking) -> None:
         """Add messages that get rows."""
         envelopes = [decode(message.rows) for message in lacking.messages]
         self.messages += len(envelopes)
+        self.ids += [one.queue_id for one in envelopes]
         self.deliveries += sum(len(one.deliveries) for one in envelopes)
         self.octets += sum(one.size for one in envelopes)
 
@@ -189,7 +195,7 @@ class Rebuilder:
         items = list(segment.batches(self._voids))
         for one in items:
             damages = [one] if isinstance(one, Damage) else one.damages
-            report.lost += [
+            report.damages += [
                 f"{segment.name} at {damage.position}: {damage.reason}"
                 for damage in damages
                 if not damage.torn
@@ -197,6 +203,8 @@ class Rebuilder:
             if isinstance(one, ScannedBatch) and one.records:
                 if one.position >= committed:
                     self._waiting.update(record.queue_id for record in one.records)
+                    report.waiting += len(one.records)
+                    report.waiting_age = max(report.waiting_age, _age(one))
                 else:
                     yield from self._of_batch(segment, one, report, change=change)
         if change and segment.copied:
@@ -217,7 +225,7 @@ class Rebuilder:
             for queue_id, record in records.items()
             if queue_id not in places
         ]
-        age = max(0.0, time.time() - batch.header.written_at / 1e6)
+        age = _age(batch)
         if messages and age > self._since:
             report.skipped += len(messages)
         elif messages:
@@ -239,7 +247,7 @@ class Rebuilder:
                 elif envelope := self._envelope(name):
                     yield Lacking(None, age, [EncodedMessage(envelope)])
                 else:
-                    report.lost.append(f"the file {name} has no envelope")
+                    report.bare.append(name)
 
     def _envelope(self, name: str) -> bytes:
         envelope = self._spool.envelope(name)
@@ -282,6 +290,11 @@ class Rebuilder:
             self._queries.run(connection, name, **parameters)
 
 
+def _age(batch: ScannedBatch) -> float:
+    """How long ago a batch was written, in seconds of this machine's clock, as it was stamped."""
+    return max(0.0, time.time() - batch.header.written_at / 1e6)
+
+
 _REPLY: dict[str, dict[str, str]] = {"lock_sending": {}, "hold_unfinished": {"reply": OLDER}}
 
 
@@ -308,7 +321,7 @@ def run(*, since: float | None, yes: bool, json_lines: bool) -> int:
         check_schema(engine)
         rebuilder = Rebuilder(settings, engine, spool_to_rebuild_from(settings, engine), since)
         found, unfinished = rebuilder.survey(), rebuilder.unfinished()
-        for text in found.lost:
+        for text in (*found.damages, *(f"the file {one} has no envelope" for one in found.bare)):
             say(f"cannot be rebuilt: {text}")
         if found.skipped and since is not None:
             say(f"{found.skipped} messages without rows are older than {span(since)}: left out")
@@ -324,7 +337,7 @@ def run(*, since: float | None, yes: bool, json_lines: bool) -> int:
             held = rebuilder.hold_unfinished(entry)
             rebuilder.raise_mark()
     _print(rebuilder, report, held, json_lines=json_lines)
-    return NOTHING_MATCHED if report.lost else DONE
+    return NOTHING_MATCHED if report.damages or report.bare else DONE
 
 
 def _plan(rebuilder: Rebuilder, found: RebuildReport, unfinished: int) -> str:

@@ -4,7 +4,6 @@ and a database that was restored from a backup sends nothing in silence."""
 import os
 import socket
 import time
-from collections.abc import Iterator
 
 import pytest
 from sqlalchemy.exc import OperationalError
@@ -23,7 +22,7 @@ from relay.spool.mark import SpoolMark
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness, new_message
 from tests.integration.test_spooler import BODY, SpoolerHarness
-from tests.integration.typed import Typed, typed_at
+from tests.integration.typed import Typed, lines, typed_at
 
 TABLES = (
     "audit_deliveries",
@@ -242,16 +241,17 @@ def test_damage_is_reported_and_the_rest_is_rebuilt(
 
 
 @pytest.fixture
-def foreign(queue: QueueHarness, spool: Spool, typed: Typed) -> Iterator[str]:
-    """A message in a segment of another host, whose rows nobody has made."""
-    assert typed
+def foreign(queue: QueueHarness, spool: Spool, typed: Typed) -> str:
+    """A message in a segment of another host, whose rows nobody has made. `typed` binds the spool
+    to the database."""
+    del typed
     queue_id = left_by_a_dead_spooler(queue, spool)
     directory = JournalDirectory(spool.handle)
     ((_, name),) = directory.segments(OWNED)
     file = directory.open(name, write=True)
     file.write([encode_segment_header(read_header(file)._replace(host="gone.example.com"))], 0)
     file.close()
-    yield queue_id
+    return queue_id
 
 
 def test_segments_of_another_host_are_adopted_by_order(
@@ -297,3 +297,61 @@ def test_a_file_without_an_envelope_is_reported(
     spool.store(name, [BODY])
     done = typed("fsck", "--rebuild", "--yes", status=1)
     assert f"the file {name} has no envelope" in done.stderr
+
+
+def fsck_rows(typed: Typed) -> list[tuple[str, str]]:
+    """What fsck reports, and the details."""
+    return [(row["found"], row["words"]) for row in lines(typed("fsck", "--json", status=None))]
+
+
+def test_fsck_reads_every_record(queue: QueueHarness, spool: Spool, typed: Typed) -> None:
+    lost, damaged, kept = accepted(queue, spool, BODY, BODY, BODY)
+    queue.complete(queue.claim(damaged)[0], Outcome.DELIVERED)
+    assert fsck_rows(typed) == []
+    (row,) = queue.rows("SELECT position FROM messages WHERE id = @id(:id)", id=damaged)
+    directory = JournalDirectory(spool.handle)
+    ((_, name),) = directory.segments(OWNED, ADOPTED)
+    directory.open(name, write=True).write([b"X"], row["position"])
+    forget(queue, lost)
+    [(first, place), (second, ids)] = fsck_rows(typed)
+    assert (first, second) == ("journal damaged", "rows lost")
+    assert place.startswith(f"{name} at ")
+    assert damaged in place
+    assert ids == f"1 messages: {lost}"
+    assert queue.state(kept) == "queued"
+
+
+def test_fsck_tells_of_rows_that_nobody_makes(
+    queue: QueueHarness, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_by_a_dead_spooler(queue, spool)
+    assert fsck_rows(typed) == [], "smtpd may be about to make them"
+    monkeypatch.setattr(fsck, "LATE_ROWS", 0.0)
+    assert [found for found, _ in fsck_rows(typed)] == ["rows not made"]
+
+
+def test_fsck_does_not_miss_rows_that_retention_removed(
+    queue: QueueHarness, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (queue_id,) = accepted(queue, spool, BODY)
+    forget(queue, queue_id)
+    monkeypatch.setenv("RELAY_RETENTION", "1s")
+    assert fsck_rows(typed) == []
+
+
+def test_fsck_finds_segments_without_files_and_leftovers(
+    queue: QueueHarness, spool: Spool, typed: Typed
+) -> None:
+    accepted(queue, spool, BODY)
+    directory = JournalDirectory(spool.handle)
+    ((segment, name),) = directory.segments(OWNED, ADOPTED)
+    queue.complete(queue.claim()[0], Outcome.DELIVERED)
+    directory.unlink(name)
+    path = spool.directory / "journal" / f"{new_id()}.new"
+    path.write_bytes(b"")
+    assert fsck_rows(typed) == [("segment without file", segment)]
+    os.utime(path, (time.time() - 7200,) * 2)
+    assert fsck_rows(typed) == [
+        ("segment without file", segment),
+        ("unfinished segment", str(path)),
+    ]
