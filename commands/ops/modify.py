@@ -18,6 +18,7 @@ import typer
 
 from commands.errors import DONE, INTERRUPTED, NOTHING_MATCHED, WRONG_USE, CommandError, say
 from commands.ops.show import COLUMNS, mounted_spool, opened, resolved
+from commands.ops.uncommitted import journal_answers
 from commands.output import as_json, counted, write
 from relay.queue.operations import OPERATIONS, REROUTE, QueueOperations
 from relay.queue.states import State
@@ -64,7 +65,8 @@ def change(
     with opened(settings) as engine:
         queue, operation = QueueReader(engine), OPERATIONS.get(name, REROUTE)
         operations = QueueOperations(engine, sends_dsns=settings.bounces == "dsn")
-        filter_ = resolved(queue, filter_)
+        with journal_answers(settings, filter_.id):
+            filter_ = resolved(queue, filter_)
         matched = operations.matching(operation, filter_)
         if not matched:
             states = " or ".join(operation.takes)

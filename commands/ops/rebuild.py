@@ -195,10 +195,11 @@ class Rebuilder:
         items = list(segment.batches(self._voids))
         for one in items:
             damages = [one] if isinstance(one, Damage) else one.damages
+            # What has rows was synced, so it is no torn tail.
             report.damages += [
                 f"{segment.name} at {damage.position}: {damage.reason}"
                 for damage in damages
-                if not damage.torn
+                if not damage.torn or damage.position < (position or 0)
             ]
             if isinstance(one, ScannedBatch) and one.records:
                 if one.position >= committed:

@@ -18,6 +18,7 @@ from sqlalchemy import Engine
 
 from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, CommandError, explanation, say
 from commands.ops import explain
+from commands.ops.uncommitted import NotInDatabase, journal_answers
 from commands.output import (
     Columns,
     ago,
@@ -179,9 +180,11 @@ def watched(
 
 def list_queue(filter_: Filter, *, everything: bool, limit: int | None, json_lines: bool) -> int:
     """Print what matches, a row for each recipient; the exit status."""
-    with opened(load(Settings)) as engine:
+    settings = load(Settings)
+    with opened(settings) as engine:
         queue = QueueReader(engine)
-        filter_ = resolved(queue, filter_)
+        with journal_answers(settings, filter_.id):
+            filter_ = resolved(queue, filter_)
         if sys.stdout.isatty() and not json_lines:
             rows = queue.rows(filter_, limit=limit, finished=everything, columns=LISTED)
             count = write(rows, COLUMNS)
@@ -225,7 +228,7 @@ class MessageReport:
 def find_message(text: str) -> MessageReport:
     """`report_on` in the database that the settings name."""
     settings = load(Settings)
-    with opened(settings) as engine:
+    with journal_answers(settings, text), opened(settings) as engine:
         return report_on(QueueReader(engine), settings, text)
 
 
@@ -266,7 +269,10 @@ def _file(spool: Spool, message: MessageRow) -> Path:
 
 def show_message(text: str, *, json_lines: bool) -> int:
     """Print everything about one message; the exit status."""
-    report = find_message(text)
+    try:
+        report = find_message(text)
+    except NotInDatabase as found:
+        return _print_uncommitted(found, json_lines=json_lines)
     if json_lines:
         typer.echo(as_json(report.as_row()))
         return DONE
@@ -275,6 +281,28 @@ def show_message(text: str, *, json_lines: bool) -> int:
     typer.echo()
     write(map(asdict, report.message.attempts), _ATTEMPTS)
     return DONE
+
+
+def _print_uncommitted(found: NotInDatabase, *, json_lines: bool) -> int:
+    """Print what the journal knows; the exit status is that of an outage while the database may
+    know more."""
+    for row in found.rows:
+        if json_lines:
+            typer.echo(as_json(row))
+            continue
+        for name, value in row.items():
+            if value is not None:
+                shown = _uncommitted_text(name, value)
+                typer.echo(f"{name:>12}: {_wrapped(plain(shown), 14).lstrip()}")
+    if found.away:
+        say(found.away)
+    return OUT_OF_REACH if found.away else DONE
+
+
+def _uncommitted_text(name: str, value: Any) -> str:
+    if name == "recipients":
+        return ", ".join(value)
+    return f"{span(value)} ago" if name == "seconds" else str(value or "<>")
 
 
 def described(report: MessageReport) -> list[tuple[str, str]]:
@@ -336,7 +364,10 @@ def _envelope(report: MessageReport) -> Iterator[tuple[str, str]]:
 
 def show_why(text: str, *, json_lines: bool) -> int:
     """Print why a message is in its state, a sentence for each delivery; the exit status."""
-    report = find_message(text)
+    try:
+        report = find_message(text)
+    except NotInDatabase as found:
+        return _print_uncommitted(found, json_lines=json_lines)
     for row in report.why:
         line = as_json({"queue_id": report.message.queue_id, **row})
         typer.echo(line if json_lines else _wrapped(plain(row["why"])))

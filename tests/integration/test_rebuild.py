@@ -342,10 +342,10 @@ def test_fsck_does_not_miss_rows_that_retention_removed(
 def test_fsck_finds_segments_without_files_and_leftovers(
     queue: QueueHarness, spool: Spool, typed: Typed
 ) -> None:
-    accepted(queue, spool, BODY)
+    (queue_id,) = accepted(queue, spool, BODY)
     directory = JournalDirectory(spool.handle)
     ((segment, name),) = directory.segments(OWNED, ADOPTED)
-    queue.complete(queue.claim()[0], Outcome.DELIVERED)
+    queue.complete(queue.claim(queue_id)[0], Outcome.DELIVERED)
     directory.unlink(name)
     path = spool.directory / "journal" / f"{new_id()}.new"
     path.write_bytes(b"")

@@ -35,11 +35,15 @@ class SegmentContents:
         return PurePath(self.name).suffix == COPY
 
     def batches(
-        self, voids: Iterable[VoidedBatch] = (), *, verify_bodies: bool = True
+        self,
+        voids: Iterable[VoidedBatch] = (),
+        start: int = BLOCK,
+        *,
+        verify_bodies: bool = True,
     ) -> Iterator[ScannedBatch | Damage]:
         """What `scan` finds, without what is void. Raises OSError."""
         end = voided_from(voids, self.id)
-        for one in scan(self.file, self.header, verify_bodies=verify_bodies):
+        for one in scan(self.file, self.header, start, verify_bodies=verify_bodies):
             if one.position >= end:
                 return
             if not (isinstance(one, ScannedBatch) and one.void is not None):
