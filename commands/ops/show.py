@@ -37,14 +37,16 @@ from commands.output import (
 from relay.db import engine as database
 from relay.queue.outcome import Outcome
 from relay.queue.states import UNFINISHED
+from relay.queue.uncommitted import journal_lag
 from relay.report.filters import Filter
 from relay.report.queries import QueueReader
 from relay.report.rows import DsnRow, MessageRow, Row
 from relay.report.statistics import AGES, Statistics
 from relay.settings import Settings, load
 from relay.spool.bodies import Bodies
-from relay.spool.journal.directory import DIRECTORY, OWNED
+from relay.spool.journal.directory import DIRECTORY, OWNED, JournalDirectory
 from relay.spool.journal.format import Place
+from relay.spool.segments import SegmentStore
 from relay.spool.store import BodyUnsendable, Spool
 
 ID_DIGITS = 12  # a table shows the end of an id: these digits are random, and find the message
@@ -55,11 +57,11 @@ MAX_WORKERS = 50  # that a table shows
 _CELLS: dict[str, Callable[[Any], str]] = {
     **dict.fromkeys(("sender", "recipient"), lambda address: cut(address, 28)),
     **dict.fromkeys(("id", "queue_id"), lambda queue_id: str(queue_id[-ID_DIGITS:])),
-    **dict.fromkeys(("size", "bytes", "bytes_sent"), size),
+    **dict.fromkeys(("size", "bytes", "bytes_sent", "disk", "live"), size),
     **dict.fromkeys((*AGES, "older"), lambda count: str(count or "")),
     "next_at": due,
     "started_at": stamp,
-    "oldest_seconds": span,
+    **dict.fromkeys(("oldest_seconds", "lag_seconds"), span),
     "seconds": "{:.3f}s".format,
 }
 
@@ -111,6 +113,7 @@ _SERVERS: Columns = {
 }
 _SUMMARY = _columns("STATE ROUTE DELIVERIES BYTES OLDEST=oldest_seconds OVERDUE")
 _PAUSES = _columns("PAUSED=subject SINCE=since_at BY=actor REASON")
+_JOURNAL = _columns("WITHOUT_ROWS=messages BYTES FOR=lag_seconds SEGMENTS DISK LIVE")
 _RECEIVED = _columns("LAST_MINUTE LAST_HOUR BYTES")
 _RATES = _columns("OUTCOME LAST_MINUTE LAST_HOUR BYTES=bytes_sent MEAN=seconds")
 _SLOWEST = _columns("ID=queue_id TOOK=seconds SERVER BYTES=bytes_sent OUTCOME REPLY")
@@ -407,9 +410,29 @@ def show_body(end: str, *, header_only: bool) -> int:
     return DONE
 
 
+def _journal(settings: Settings, queue: QueueReader, engine: Engine) -> list[Row]:
+    """The lag and the size of the journal; nothing if the spool is not mounted here."""
+    spool = mounted_spool(settings, queue)
+    if spool is None:
+        return []
+    lag = journal_lag(spool, queue.segments())
+    store = SegmentStore(engine, JournalDirectory(spool.handle), spool.identity, settings.retention)
+    return [
+        {
+            "messages": lag.messages,
+            "bytes": lag.octets,
+            "lag_seconds": lag.seconds,
+            "segments": lag.segments,
+            "disk": lag.octets_on_disk,
+            "live": store.usage()[1],
+        }
+    ]
+
+
 def show_stats(*, json_lines: bool) -> int:
     """Print counts, ages, workers, servers, pauses and rates; the exit status."""
-    with opened(load(Settings)) as engine:
+    settings = load(Settings)
+    with opened(settings) as engine:
         queue = QueueReader(engine)
         statistics = Statistics(engine)
         workers = [asdict(row) for row in queue.workers() if row.ended_at is None]
@@ -419,6 +442,7 @@ def show_stats(*, json_lines: bool) -> int:
             ("worker", "workers", workers, _WORKERS),
             ("server", "servers", queue.read("servers"), _SERVERS),
             ("pause", "pauses", [asdict(row) for row in queue.pauses()], _PAUSES),
+            ("journal", "journal", _journal(settings, queue, engine), _JOURNAL),
             ("received", "received messages", [statistics.received()], _RECEIVED),
             ("rate", "tries of the last hour", statistics.read("rates"), _RATES),
             (

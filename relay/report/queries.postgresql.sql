@@ -109,6 +109,9 @@ SELECT replace(CAST(id AS text), '-', '') AS id, committed_to, sealed_at IS NOT 
 FROM segments
 ORDER BY id;
 
+-- name: mark
+SELECT mark FROM spool;
+
 -- name: spool_id
 SELECT replace(CAST(id AS text), '-', '') AS id FROM spool;
 

@@ -295,6 +295,11 @@ class QueueReader(Reader):
             for row in self.read("segments")
         }
 
+    def mark(self) -> int:
+        """The mark of the spool in this database."""
+        rows = self.read("mark")
+        return int(rows[0]["mark"]) if rows else 0
+
     def spool_id(self) -> str | None:
         """The identity of the spool in this database; None before smtpd or a worker has run."""
         rows = self.read("spool_id")

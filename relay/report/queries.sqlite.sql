@@ -105,6 +105,9 @@ SELECT replace(id, '-', '') AS id, committed_to, sealed_at IS NOT NULL AS sealed
 FROM segments
 ORDER BY id;
 
+-- name: mark
+SELECT mark FROM spool;
+
 -- name: spool_id
 SELECT replace(id, '-', '') AS id FROM spool;
 

@@ -371,6 +371,17 @@ class Spool:
         status = os.fstatvfs(self.handle)
         return status.f_bavail * status.f_frsize
 
+    def journal_usage(self) -> tuple[int, int]:
+        """How many segments there are, and the octets that they take on the disk."""
+        sizes = list[int]()
+        with suppress(FileNotFoundError), _opened(DIRECTORY, self.handle) as handle:
+            for name in os.listdir(handle):
+                if not name.startswith("mark"):
+                    with suppress(FileNotFoundError):  # it was removed or renamed since
+                        status = os.stat(name, dir_fd=handle, follow_symlinks=False)
+                        sizes.append(status.st_blocks * 512)
+        return len(sizes), sum(sizes)
+
     def prepare(self, engine: Engine, *, unsafe: bool = False) -> None:
         """Make or check the directory, and that it is the one that this database knows; raises
         SpoolError. The identity of a new spool is recorded in the database."""

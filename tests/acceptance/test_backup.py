@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qmqp.sink import Sink, running_sink
+from qmqp.sink import MagicRecipients, Sink, running_sink
 from tests.acceptance.installation import Install, Installation, accepted_by
 from tests.acceptance.stack import StartUp, command
 from tests.services import Postgres
@@ -21,7 +21,7 @@ REPLY_TIME = 20.0  # seconds
 
 @pytest.fixture
 def sink() -> Iterator[Sink]:
-    with running_sink() as server:
+    with running_sink(MagicRecipients()) as server:
         yield server
 
 
