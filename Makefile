@@ -14,8 +14,15 @@ PYTEST_WORKERS ?= 3
 # For `make soak`: the number of histories for each database and variant, and for the journal; the most seconds for a test.
 EXAMPLES ?= 1000
 SOAK_TIMEOUT ?= 14400
+# For `make faults`: FULL=1 runs the whole matrix, CASES="worker killed,power cut" some faults, SEED=... an earlier run.
+FULL ?=
+CASES ?=
+SEED ?=
+JOBS ?= 3
+# For `make endure`: the number of faults, one a minute.
+MINUTES ?= 30
 
-.PHONY: help setup run demo status test soak coverage lint fmt bench lock clean
+.PHONY: help setup run demo status test soak faults endure coverage lint fmt bench lock clean
 
 help: ## list the targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +50,14 @@ soak: ## test queue and journal against their models: a thousand histories each 
 	@scripts/setup dev
 	@RELAY_TESTS_EXAMPLES=$(EXAMPLES) exec $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --timeout $(SOAK_TIMEOUT) \
 	  tests/integration/test_state_machine.py tests/unit/test_journal_crashes.py
+
+faults: ## inject faults while mail flows, and keep exact books (twenty minutes; FULL=1: the whole matrix)
+	@scripts/setup dev
+	@exec $(BIN)/python -m tests.faults $(if $(FULL),--full) --jobs $(JOBS) --cases "$(CASES)" --seed "$(SEED)"
+
+endure: ## half load for MINUTES=30, with a random fault each minute and the same books
+	@scripts/setup dev
+	@exec $(BIN)/python -m tests.faults.endure --minutes $(MINUTES) --seed "$(SEED)"
 
 coverage: ## run the tests and report their branch coverage (TESTS=path to choose)
 	@scripts/setup dev

@@ -24,7 +24,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -210,8 +210,7 @@ class ServerProcess:
     def kill(self) -> None:
         """End it with SIGKILL, children included, as a crash would."""
         members = self._members()
-        for pid in members:
-            _signal(pid, signal.SIGKILL)
+        self.signal(signal.SIGKILL)
         if self._child is not None:
             end(self._child, signal.SIGKILL)
             self._child = None
@@ -219,13 +218,16 @@ class ServerProcess:
 
     def pause(self) -> None:
         """SIGSTOP every process of it: connections stay up and nothing answers."""
-        for pid in self._members():
-            _signal(pid, signal.SIGSTOP)
+        self.signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         """Let it go on after `pause`. Nothing is done to one that is not paused."""
+        self.signal(signal.SIGCONT)
+
+    def signal(self, number: int) -> None:
+        """Signal every process of it."""
         for pid in self._members():
-            _signal(pid, signal.SIGCONT)
+            _signal(pid, number)
 
     def _members(self) -> list[int]:
         return [self.pid, *_children(self.pid)] if self.running else []
@@ -383,12 +385,22 @@ class Postgres(ServerProcess):
 
     polite = signal.SIGINT  # "fast": roll back, disconnect all clients, checkpoint
 
-    def __init__(self, directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path | None = None,
+        *,
+        programs: Path | None = None,
+        settings: Mapping[str, str] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        """`directory` belongs to the user of PostgreSQL; `programs` is an earlier result of
+        `postgres_programs`; `settings` and `environ` are added to the usual ones."""
         self._user = _postgres_user()
         super().__init__(directory or temporary_directory(self._user))
         self._data = self.directory / "data"
-        self._programs = postgres_programs(temporary_directory())
-        self._numbers = itertools.count(1)
+        self._programs = programs or postgres_programs(temporary_directory())
+        self._settings = dict(settings or {})
+        self._environ = dict(environ or {})
 
     def url(self, database: str = "postgres") -> str:
         """As RELAY_DATABASE_URL takes it."""
@@ -421,6 +433,7 @@ class Postgres(ServerProcess):
             "max_connections": "200",
             "shared_buffers": "32MB",
             "log_line_prefix": "%m [%p] %d ",
+            **self._settings,
         }
         pairs = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         return [str(self._programs / "postgres"), "-D", str(self._data), *pairs]
@@ -436,7 +449,7 @@ class Postgres(ServerProcess):
 
     def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {
-            "env": {**os.environ, "HOME": str(self.directory), "LC_ALL": "C"}
+            "env": {**os.environ, "HOME": str(self.directory), "LC_ALL": "C", **self._environ}
         }
         if self._user is not None:
             options |= {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []}
