@@ -328,7 +328,7 @@ def run(*, since: float | None, yes: bool, json_lines: bool) -> int:
             say(f"{found.skipped} messages without rows are older than {span(since)}: left out")
         if not found.messages and not rebuilder.older:
             say("no message of the spool lacks its rows")
-            return NOTHING_MATCHED
+            return _status(found)
         if not confirmed(_plan(rebuilder, found, unfinished), yes=yes):
             return NOTHING_MATCHED
         shown = "--rebuild" + (f" --since {span(since).replace(' ', '')}" if since else "")
@@ -338,6 +338,11 @@ def run(*, since: float | None, yes: bool, json_lines: bool) -> int:
             held = rebuilder.hold_unfinished(entry)
             rebuilder.raise_mark()
     _print(rebuilder, report, held, json_lines=json_lines)
+    return _status(report)
+
+
+def _status(report: RebuildReport) -> int:
+    """1 if something cannot be rebuilt."""
     return NOTHING_MATCHED if report.damages or report.bare else DONE
 
 

@@ -410,13 +410,15 @@ def show_body(end: str, *, header_only: bool) -> int:
     return DONE
 
 
-def _journal(settings: Settings, queue: QueueReader, engine: Engine) -> list[Row]:
-    """The lag and the size of the journal; nothing if the spool is not mounted here."""
+def journal_rows(settings: Settings, queue: QueueReader) -> list[Row]:
+    """The lag and the size of the journal, in one row; none if the spool is not mounted here."""
     spool = mounted_spool(settings, queue)
     if spool is None:
         return []
     lag = journal_lag(spool, queue.segments())
-    store = SegmentStore(engine, JournalDirectory(spool.handle), spool.identity, settings.retention)
+    store = SegmentStore(
+        queue.engine, JournalDirectory(spool.handle), spool.identity, settings.retention
+    )
     return [
         {
             "messages": lag.messages,
@@ -442,7 +444,7 @@ def show_stats(*, json_lines: bool) -> int:
             ("worker", "workers", workers, _WORKERS),
             ("server", "servers", queue.read("servers"), _SERVERS),
             ("pause", "pauses", [asdict(row) for row in queue.pauses()], _PAUSES),
-            ("journal", "journal", _journal(settings, queue, engine), _JOURNAL),
+            ("journal", "journal", journal_rows(settings, queue), _JOURNAL),
             ("received", "received messages", [statistics.received()], _RECEIVED),
             ("rate", "tries of the last hour", statistics.read("rates"), _RATES),
             (

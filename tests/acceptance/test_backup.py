@@ -1,6 +1,7 @@
 """The database is away, lost, or restored from a backup of this morning: no mail is lost, and none
 is sent twice in silence. Everything goes through the commands that people type."""
 
+import os
 import shutil
 import signal
 import sqlite3
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from qmqp.sink import MagicRecipients, Sink, running_sink
+from relay.spool.journal.directory import OWNED, JournalDirectory
+from relay.spool.journal.format import encode_segment_header
+from relay.spool.journal.scan import read_header
 from tests.acceptance.installation import Install, Installation, accepted_by
 from tests.acceptance.stack import StartUp, command
 from tests.services import Postgres
@@ -132,3 +136,42 @@ def sqlite_mark(database: Path) -> int:
         (mark,) = connection.execute("SELECT mark FROM spool").fetchone()
     connection.close()
     return int(mark)
+
+
+def test_mail_of_a_host_that_is_gone_is_adopted_by_order(
+    own_postgres: Postgres, sink: Sink, tmp_path: Path
+) -> None:
+    """Its smtpd accepted mail while PostgreSQL was away, and never came back."""
+    relay = Installation(tmp_path, own_postgres.url(), QMQP_SERVERS=f"127.0.0.1:{sink.port}")
+    try:
+        run(relay, "migrate")
+        smtpd = relay.smtpd()
+        relay.database.dispose()
+        own_postgres.stop()
+        queue_id = relay.send("left@example.org")
+        known = command("why", queue_id, **relay.settings)
+        assert known.returncode == 3
+        assert f"queue_id: {queue_id}" in known.stdout
+        spooler = Path(f"/proc/{smtpd.pid}/task/{smtpd.pid}/children").read_text().split()
+        relay.end(smtpd, signal.SIGKILL)
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in spooler), REPLY_TIME)
+        move_to_host(relay.spool, "gone.example.com")
+        own_postgres.start()
+        assert "accepted, not yet in the database" in run(relay, "show", queue_id)
+        assert "gone.example.com" in run(relay, "fsck", "--adopt", "--yes")
+        relay.worker()
+        relay.until_state("left@example.org", "delivered")
+        assert accepted_by(sink) == Counter({"left@example.org": 1})
+    finally:
+        relay.close()
+
+
+def move_to_host(spool: Path, host: str) -> None:
+    """Make another host the owner of every segment."""
+    handle = os.open(spool, os.O_RDONLY)
+    directory = JournalDirectory(handle)
+    for _, name in directory.segments(OWNED):
+        file = directory.open(name, write=True)
+        file.write([encode_segment_header(read_header(file)._replace(host=host))], 0)
+        file.close()
+    os.close(handle)

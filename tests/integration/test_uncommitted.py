@@ -4,7 +4,10 @@ databases."""
 import pytest
 from sqlalchemy.exc import OperationalError
 
+from commands.ops import check
+from relay.metrics import QueueMetrics
 from relay.report.queries import QueueReader
+from relay.spool.mark import SpoolMark
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness
 from tests.integration.test_rebuild import accepted, left_by_a_dead_spooler
@@ -64,3 +67,42 @@ def test_the_journal_answers_while_the_database_is_away(
     assert "run `qmqp-relay check`" in done.stderr
     assert f"{queue_id}: in the journal" in typed("retry", queue_id, status=3).stderr
     assert "journal" not in typed("why", "abcdef12", status=3).stdout
+
+
+def test_the_lag_and_the_disk_are_shown(queue: QueueHarness, spool: Spool, typed: Typed) -> None:
+    accepted(queue, spool, BODY)
+    left_by_a_dead_spooler(queue, spool)
+    (row,) = [row for row in lines(typed("stats", "--json")) if row["kind"] == "journal"]
+    assert (row["messages"], row["bytes"], row["segments"]) == (1, len(BODY), 2)
+    assert row["lag_seconds"] > 0
+    assert row["disk"] > 0
+    assert "lag_seconds" in typed("stats").stdout
+    metrics = QueueMetrics(queue.database, spool, dict)
+    found = {sample.name: sample.value for one in metrics.collect() for sample in one.samples}
+    assert found["relay_journal_segments"] == 2
+    assert found["relay_journal_sealed_segments"] == 1
+    assert found["relay_journal_disk_bytes"] == row["disk"]
+    assert found["relay_database_older"] == 0
+
+
+def test_check_tells_of_the_journal(
+    queue: QueueHarness, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_by_a_dead_spooler(queue, spool)
+
+    def results() -> list[tuple[str, str]]:
+        rows = lines(typed("check", "--json", status=None))
+        return [(row["verdict"], row["words"]) for row in rows if row["what"] == "journal"]
+
+    [(verdict, text)] = results()
+    assert verdict == "ok"
+    assert text.startswith("1 segments, ")
+    monkeypatch.setattr(check, "LATE_ROWS", 0.0)
+    assert [verdict for verdict, _ in results()] == ["warn"]
+    monkeypatch.setattr("socket.gethostname", lambda: "another.example.com")
+    assert "segments of other hosts are not sealed" in results()[-1][1]
+    SpoolMark(spool.handle, spool.identity).learn(7)
+    assert results()[0] == (
+        "fail",
+        "the database has the mark 0, the spool 7: the database is older",
+    )
