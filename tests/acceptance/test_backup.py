@@ -68,6 +68,28 @@ def test_smtpd_starts_and_accepts_without_the_database(
     assert accepted_by(sink) == Counter({"first@example.org": 1, "second@example.org": 1})
 
 
+def test_smtpd_alone_starts_and_accepts_without_the_database(
+    own_postgres: Postgres, sink: Sink, tmp_path: Path
+) -> None:
+    relay = Installation(tmp_path, own_postgres.url(), QMQP_SERVERS=f"127.0.0.1:{sink.port}")
+    try:
+        run(relay, "migrate")
+        smtpd = relay.smtpd()
+        relay.worker()
+        relay.database.dispose()
+        own_postgres.stop()
+        relay.end(smtpd)
+        relay.smtpd()
+        relay.send("b@example.org")
+        assert accepted_by(sink) == Counter()
+        own_postgres.start()
+        until(lambda: accepted_by(sink)["b@example.org"], 60, what=relay.log_text)
+        relay.until_state("b@example.org", "delivered")
+        assert accepted_by(sink) == Counter({"b@example.org": 1})
+    finally:
+        relay.close()
+
+
 def copy_of(database: Path, directory: Path) -> Path:
     """A backup of an SQLite database."""
     backup = directory / "backup.db"
