@@ -66,7 +66,13 @@ def explanation(error: Exception) -> tuple[int | None, str]:
     from sqlalchemy.exc import DBAPIError
 
     from reception.spooler_client import SpoolerError
-    from relay.db.engine import DatabaseError, is_outage, lacks_schema
+    from relay.db.engine import (
+        DatabaseError,
+        OlderDatabase,
+        WrongSchema,
+        is_outage,
+        lacks_schema,
+    )
     from relay.log import first_line
     from relay.report.queries import NoSuchMessage
     from relay.settings import SettingsError
@@ -79,6 +85,8 @@ def explanation(error: Exception) -> tuple[int | None, str]:
             return NOTHING_MATCHED, str(error)
         case SettingsError() | DatabaseError() | SpoolError():
             return WRONG_USE, str(error)
+        case OlderDatabase() | WrongSchema():
+            return OUT_OF_REACH, str(error)
         case SpoolerError():  # processes or memory are short: the next start may succeed
             return OUT_OF_REACH, str(error)
         case OSError(filename=str(name)):  # for example a spool of another user

@@ -14,37 +14,34 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from sqlalchemy import Engine
 
+from reception.replay import (
+    MAX_ROWS,
+    Chunk,
+    OpenSegment,
+    commit_chunk,
+    read_chunk,
+    seal,
+    to_replay,
+)
 from reception.spooler_protocol import Lag
 from relay.db.engine import is_outage
 from relay.log import first_line, get_logger
-from relay.queue.accept import (
-    Acceptor,
-    EncodedMessage,
-    PositionMoved,
-    SegmentSpan,
-    routes_of,
-)
+from relay.queue.accept import Acceptor, EncodedMessage, PositionMoved
 from relay.spool.journal.adoption import AdoptedSegment, adopt, voided_batches, voided_from
-from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory, SegmentFile
+from relay.spool.journal.directory import OWNED, JournalDirectory
 from relay.spool.journal.format import BLOCK
-from relay.spool.journal.scan import Damage, ScannedBatch, first_void, read_header, scan
 from relay.spool.journal.writer import JournalWriter
 from relay.spool.mark import SpoolMark
 
 log = get_logger(__name__)
-MAX_ROWS = 512
-"""Messages in a transaction."""
 MAX_HELD = 4096
 """Messages in memory that wait for their rows. The others are read back from the journal."""
 ADOPT_INTERVAL = 60.0  # seconds
 MARK_INTERVAL = 1.0  # seconds
-_SAME_TIME = 1_000_000
-"""Microseconds: messages of one transaction get one time of arrival."""
 _RECENT = 3600.0
 _PAUSE = 0.1
 _LONGEST_PAUSE = 2.0
@@ -68,51 +65,6 @@ class WrittenBatch:
     written: float = field(default_factory=time.monotonic)
 
 
-@dataclass(slots=True, eq=False)
-class OpenSegment:
-    """A segment that this process owns. Its messages have rows up to `committed` and are written up
-    to `end`; `retired`: nothing more is written to it; `orderly`: what lies behind `end` does not
-    count; nor does anything from `void_from` on."""
-
-    id: str
-    name: str
-    file: SegmentFile
-    committed: int
-    end: int
-    ours: bool = True
-    opened: bool = False  # it has a row
-    retired: bool = False
-    orderly: bool = True
-    void_from: float = float("inf")
-    count: int = 0
-    least: str = ""
-    greatest: str = ""
-    pending: int = 0
-    pending_octets: int = 0
-
-    def add(self, ids: Sequence[str], size: int, *, pending: bool = True) -> None:
-        """Count messages whose bodies have `size` octets; `pending`: they have no rows yet."""
-        self.count += len(ids)
-        if pending:
-            self.pending += len(ids)
-            self.pending_octets += size
-        self.least = min(self.least or ids[0], *ids)
-        self.greatest = max(self.greatest, *ids)
-
-
-@dataclass(slots=True)
-class _Chunk:
-    """What one transaction commits."""
-
-    segment: OpenSegment
-    start: int
-    end: int
-    messages: list[EncodedMessage]
-    hints: list[tuple[str, tuple[str, ...]]]
-    size: int
-    age: float
-
-
 class JournalCommitter:
     """`put`, `retire`, `overdue` and `lag` belong to the main thread of the spooler."""
 
@@ -132,7 +84,7 @@ class JournalCommitter:
         self._directory, self._writer, self._local = directory, writer, local
         self._changed = threading.Condition()
         self._segments: dict[str, OpenSegment] = {}
-        self._chunk: _Chunk | None = None  # what is being committed
+        self._chunk: Chunk | None = None  # what is being committed
         self._others_turn = False
         self._held: deque[WrittenBatch] = deque()
         self._held_messages = 0
@@ -270,7 +222,7 @@ class JournalCommitter:
 
     # Taking what has no rows
 
-    def _next_chunk(self) -> _Chunk | None:
+    def _next_chunk(self) -> Chunk | None:
         """What is committed next: in turns of our own segments and of an adopted one."""
         if self._chunk is not None:  # an outage interrupted it
             return self._chunk
@@ -288,10 +240,10 @@ class JournalCommitter:
                     self._chunk = self._from_memory(segment)
                     return self._chunk
                 end = head.start
-        self._chunk = self._from_file(segment, end)
+        self._chunk = read_chunk(segment, end)
         return self._chunk
 
-    def _from_memory(self, segment: OpenSegment) -> _Chunk:
+    def _from_memory(self, segment: OpenSegment) -> Chunk:
         batches: list[WrittenBatch] = []
         end, count = segment.committed, 0
         while self._held:
@@ -303,7 +255,7 @@ class JournalCommitter:
             batches.append(self._held.popleft())
             end, count = head.end, count + len(head.messages)
         self._held_messages -= count
-        return _Chunk(
+        return Chunk(
             segment,
             segment.committed,
             end,
@@ -313,54 +265,19 @@ class JournalCommitter:
             max(0.0, time.monotonic() - batches[0].written),
         )
 
-    def _from_file(self, segment: OpenSegment, end: int) -> _Chunk:
-        """Reads messages that arrived within a second of each other."""
-        chunk = _Chunk(segment, segment.committed, end, [], [], 0, 0.0)
-        written_at = None
-        for item in scan(segment.file, read_header(segment.file), segment.committed, end):
-            if isinstance(item, Damage):
-                _log_damage(segment.id, item)
-                continue
-            if chunk.messages and written_at is not None:
-                apart = abs(item.header.written_at - written_at) > _SAME_TIME
-                if apart or len(chunk.messages) + len(item.records) > MAX_ROWS:
-                    chunk.end = item.position
-                    break
-            for damage in item.damages:
-                _log_damage(segment.id, damage)
-            if segment.void_from <= item.position:
-                continue
-            written_at = written_at or item.header.written_at
-            for record in item.records:
-                chunk.messages.append(
-                    EncodedMessage(record.envelope, record.position if record.in_journal else None)
-                )
-                chunk.hints.append((record.queue_id, routes_of(record.envelope)))
-                chunk.size += len(memoryview(record.body))
-        if written_at is not None:
-            chunk.age = max(0.0, time.time() - written_at / 1e6)
-        return chunk
-
     # Making rows
 
-    def _commit(self, chunk: _Chunk) -> None:
+    def _commit(self, chunk: Chunk) -> None:
         """Commits a chunk and tells of it. Raises the database's errors if it is away."""
         started = time.monotonic()
         segment = chunk.segment
-        span = SegmentSpan(segment.id, chunk.start, chunk.end)
         try:
-            self._open_row(segment, chunk.start)
-            self._acceptor.commit(chunk.messages, span, age=chunk.age)
+            commit_chunk(self._acceptor, self._directory, chunk)
         except PositionMoved as error:
             log.critical("segment replayed by another process", reason=str(error))
             self._chunk = None
             self._release(segment)
             return
-        except Exception as error:
-            if is_outage(error):
-                raise
-            log.error("batch refused by the database", reason=first_line(error))
-            self._acceptor.commit_each(chunk.messages, span, age=chunk.age)
         self._chunk = None
         ids: Ids = {}
         for queue_id, routes in chunk.hints:
@@ -369,16 +286,7 @@ class JournalCommitter:
         replies = self._advance(segment, chunk)
         self._committed(replies, ids, len(chunk.messages), time.monotonic() - started)
 
-    def _open_row(self, segment: OpenSegment, start: int) -> None:
-        """Inserts the row of a segment that has none. Raises PositionMoved if another process took
-        the segment: it may have removed segment and row, and its messages would come twice."""
-        if not segment.opened:
-            self._acceptor.open_segment(segment.id, start)
-            if not self._directory.leads_to(segment.name, segment.file):
-                raise PositionMoved(f"segment {segment.id} was adopted")
-            segment.opened = True
-
-    def _advance(self, segment: OpenSegment, chunk: _Chunk) -> list[WrittenBatch]:
+    def _advance(self, segment: OpenSegment, chunk: Chunk) -> list[WrittenBatch]:
         """The rows of a chunk are made; the batches whose replies waited for that."""
         with self._changed:
             segment.committed = chunk.end
@@ -402,23 +310,8 @@ class JournalCommitter:
             done = [s for s in self._segments.values() if s.retired and s.committed >= s.end]
         for segment in done:
             if segment.orderly:
-                self._seal(segment)
+                seal(self._acceptor, self._directory, segment)
             self._release(segment)
-
-    def _seal(self, segment: OpenSegment) -> None:
-        if not segment.opened:
-            if not segment.count and first_void(segment.file, read_header(segment.file)) is None:
-                with suppress(FileNotFoundError):  # another process adopted it
-                    self._directory.unlink(segment.name)  # nothing was ever written to it
-                self._directory.sync()
-                return
-            try:
-                self._open_row(segment, segment.end)
-            except PositionMoved:
-                return
-        self._acceptor.seal_segment(
-            segment.id, segment.end, segment.count, segment.least, segment.greatest
-        )
 
     def _release(self, segment: OpenSegment) -> None:
         """Closes a segment, which releases its lock."""
@@ -448,39 +341,10 @@ class JournalCommitter:
             log.error("segment of another spool", segment=header.segment, spool=header.spool)
             file.close()
             return
-        position, sealed = self._acceptor.position(header.segment)
-        if sealed:
+        segment = to_replay(self._acceptor, adopted, void_from)
+        if segment is None:
             file.close()
             return
-        segment = OpenSegment(
-            header.segment,
-            header.segment + ADOPTED,
-            file,
-            position or BLOCK,
-            position or BLOCK,
-            ours=False,
-            opened=position is not None,
-            retired=True,
-            void_from=void_from,
-        )
-        for item in scan(file, header, verify_bodies=False):
-            if isinstance(item, ScannedBatch) and item.void is None:
-                if item.position < void_from and item.records:
-                    size = sum(len(memoryview(record.body)) for record in item.records)
-                    pending = item.position >= segment.committed
-                    segment.add([r.queue_id for r in item.records], size, pending=pending)
-                segment.end = max(segment.end, item.end)
-            elif isinstance(item, Damage) and not item.torn:
-                segment.end = max(segment.end, item.end)
         log.info("segment adopted", segment=segment.id, messages=segment.pending)
         with self._changed:
             self._segments[segment.id] = segment
-
-
-def _log_damage(segment: str, damage: Damage) -> None:
-    """A torn tail was never confirmed to a client; anything else is a loss."""
-    fields = {"segment": segment, "position": damage.position, "reason": damage.reason}
-    if damage.torn:
-        log.warning("segment ends in a torn batch", **fields)
-    else:
-        log.critical("segment damaged", octets=damage.end - damage.position, **fields)

@@ -35,3 +35,10 @@ SELECT (SELECT count(*) FROM workers WHERE ended_at IS NULL AND lease_expires_at
 
 -- name: paused
 SELECT subject FROM pauses;
+
+-- name: journal
+-- Sealed segments, the bytes in them that deliveries need as last seen, and the mark of the spool.
+SELECT count(*) AS segments, CAST(coalesce(sum(live_bytes), 0) AS bigint) AS live,
+    coalesce((SELECT max(mark) FROM spool), 0) AS mark
+FROM segments
+WHERE sealed_at IS NOT NULL;

@@ -30,6 +30,7 @@ from relay.log import get_logger
 from relay.metrics_server import listen
 from relay.queue.states import UNFINISHED
 from relay.settings import Settings
+from relay.spool.mark import SpoolMark
 from relay.spool.store import Spool
 
 log = get_logger(__name__)
@@ -48,6 +49,7 @@ REFUSALS = Counter(
     ["door", "reply"],
 )
 RECEIVED_BYTES = Counter("relay_received_bytes", "bytes of the bodies of accepted messages")
+BODIES_DAMAGED = Counter("relay_bodies_damaged", "bodies that did not verify when they were read")
 ACCEPT_SECONDS = Histogram(
     "relay_accept_seconds", "from the end of a message to its 250", buckets=_QUICK
 )
@@ -184,6 +186,8 @@ class QueueMetrics(Collector):
             states = self._counts(connection)
             totals = self._queries.run(connection, "totals").one()
             paused = self._queries.run(connection, "paused").scalars().all()
+            journal = self._queries.run(connection, "journal").one()
+        older = journal.mark < SpoolMark(self._spool.handle, self._spool.identity).known
         unfinished = [states.get(state, StateCount(state, 0, 0, 0.0)) for state in UNFINISHED]
         pending = sum(row.deliveries for row in states.values() if row.state not in UNFINISHED)
         return [
@@ -207,6 +211,15 @@ class QueueMetrics(Collector):
                 "state",
             ),
             _gauge("dsns_pending", "failed deliveries whose DSN is not generated yet", pending),
+            _gauge(
+                "journal_live_bytes",
+                "bytes in sealed segments that deliveries need, as last seen",
+                journal.live,
+            ),
+            _gauge(
+                "journal_sealed_segments", "segments to which nothing is written", journal.segments
+            ),
+            _gauge("database_older", "1 if the database is older than the spool", int(older)),
             _gauge("workers_alive", "workers whose lease has not expired", totals.workers),
             _gauge(
                 "paused", "routes and servers that are paused", dict.fromkeys(paused, 1), "subject"
@@ -229,7 +242,12 @@ class QueueMetrics(Collector):
         return self._counted
 
     def _disk(self) -> list[Metric]:
-        return [_gauge("spool_free_bytes", "free space for bodies", self._spool.free_bytes())]
+        segments, octets = self._spool.journal_usage()
+        return [
+            _gauge("spool_free_bytes", "free space for bodies", self._spool.free_bytes()),
+            _gauge("journal_segments", "segments of the journal", segments),
+            _gauge("journal_disk_bytes", "bytes that they take on the disk", octets),
+        ]
 
     def _broker(self) -> list[Metric]:
         return [_gauge("broker_list_length", "hints in the broker's list", self._lists(), "queue")]

@@ -37,3 +37,10 @@ SELECT (SELECT count(*)
 
 -- name: paused
 SELECT subject FROM pauses;
+
+-- name: journal
+-- Sealed segments, the bytes in them that deliveries need as last seen, and the mark of the spool.
+SELECT count(*) AS segments, coalesce(sum(live_bytes), 0) AS live,
+    coalesce((SELECT max(mark) FROM spool), 0) AS mark
+FROM segments
+WHERE sealed_at IS NOT NULL;

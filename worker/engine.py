@@ -242,6 +242,7 @@ class Engine:
         """The body does not verify: read it again later, and hold the delivery the second time."""
         queue_id = task.claim.queue_id
         held = self._damaged_bodies.confirmed(queue_id, place)
+        metrics.BODIES_DAMAGED.inc()
         log.critical("body damaged", id=queue_id, held=held, reason=reason)
         return task.unsendable(reason) if held else task.recheck(reason, RECHECK)
 

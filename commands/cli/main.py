@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from commands.cli.queue import Json, queue
+from commands.cli.queue import Json, Yes, queue
 from commands.errors import DONE, command
 
 main = typer.Typer(
@@ -162,10 +162,44 @@ def probe(
 @command(main)
 def fsck(
     repair: Annotated[bool, typer.Option("--repair", help="Repair what can be repaired.")] = False,
+    rebuild: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild",
+            help="Make the rows that the database lacks from the spool, held. For a database that"
+            " was lost or restored from a backup.",
+        ),
+    ] = False,
+    since: Annotated[
+        str | None,
+        typer.Option(help="With --rebuild: only mail that arrived in the last 30m, 2h, 5d."),
+    ] = None,
+    adopt: Annotated[
+        bool,
+        typer.Option("--adopt", help="Take over the segments of another host, which has ended."),
+    ] = False,
+    yes: Yes = False,
     json_lines: Json = False,
 ) -> int:
     """Compare spool, database and broker. Prints every inconsistency, and exits with status 1 if
     one remains. Mail may flow meanwhile."""
+    if repair + rebuild + adopt > 1:
+        raise typer.BadParameter("--repair, --rebuild and --adopt exclude each other")
+    if since is not None and not rebuild:
+        raise typer.BadParameter("--since belongs to --rebuild")
+    if adopt:
+        from commands.ops.adopt import run as run_adopt
+
+        return run_adopt(yes=yes)
+    if rebuild:
+        from commands.ops.rebuild import run as run_rebuild
+        from relay.settings import seconds
+
+        try:
+            age = seconds(since) if since else None
+        except ValueError as error:
+            raise typer.BadParameter(f"--since {since} {error}") from None
+        return run_rebuild(since=age, yes=yes, json_lines=json_lines)
     from commands.ops.fsck import run
 
     return run(repair=repair, json_lines=json_lines)

@@ -145,9 +145,7 @@ Reroute = Annotated[
     bool,
     typer.Option("--reroute", help="Use the current routes; also for queued and held deliveries."),
 ]
-Yes = Annotated[
-    bool, typer.Option("--yes", "-y", help="Do not ask before more than one delivery changes.")
-]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for a confirmation.")]
 
 
 @command(queue, "list")

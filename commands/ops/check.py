@@ -8,6 +8,7 @@ that is not `ok` says what to do.
 import asyncio
 import contextlib
 import os
+import socket
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,12 +18,12 @@ from typing import Literal
 from redis import Redis, RedisError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from sqlalchemy import text
+from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from commands.errors import DONE, OUT_OF_REACH, WRONG_USE
-from commands.ops.show import opened
-from commands.output import size, write
+from commands.ops.show import mounted_spool, opened
+from commands.output import size, span, write
 from commands.standalone import valkey
 from qmqp.probe import probe
 from reception.policy import qmqp_networks, smtp_networks
@@ -30,13 +31,16 @@ from relay.db import engine as database
 from relay.db import schema
 from relay.hints import QUEUES
 from relay.log import escaped, first_line
+from relay.queue.uncommitted import journal_lag
 from relay.report.queries import QueueReader
 from relay.routes import Routes, Server
 from relay.settings import Settings, SettingsError, SmtpdSettings, WorkerSettings, load, redacted
+from relay.spool.mark import SpoolMark
 from relay.spool.store import file_system
 
 type Verdict = Literal["ok", "warn", "fail", "away"]
 TIMEOUT = 5.0  # seconds for a connection, and for a reply
+LATE_ROWS = 60.0  # seconds
 SHOWN = 5  # files in the text about many
 
 
@@ -100,6 +104,8 @@ def _database(settings: Settings) -> Iterator[CheckResult]:
             with database.reading(engine) as connection:
                 revision = connection.scalar(text("SELECT version_num FROM alembic_version"))
             faults, spool_id = database.check_durable(engine), QueueReader(engine).spool_id()
+            current = revision == schema.REVISION
+            journal = list(_journal(settings, engine)) if spool_id and current else []
     except database.DatabaseError as error:
         remedy = "correct RELAY_DATABASE_URL, or run `qmqp-relay migrate`"
         yield CheckResult("database", "fail", str(error), remedy)
@@ -125,6 +131,7 @@ def _database(settings: Settings) -> Iterator[CheckResult]:
     else:
         yield CheckResult("database", "ok", f"{url} at revision {revision}, durable")
     yield CheckResult("spool", *_spool(settings, spool_id))
+    yield from journal
 
 
 def _spool(settings: Settings, known: str | None) -> tuple[Verdict, str, str]:
@@ -143,6 +150,30 @@ def _spool(settings: Settings, known: str | None) -> tuple[Verdict, str, str]:
         return "warn", f"{directory} is on {kind}, which a restart empties", "put it on a disk"
     disk = os.statvfs(directory)
     return "ok", f"{directory}, {size(disk.f_bavail * disk.f_frsize)} free", ""
+
+
+def _journal(settings: Settings, engine: Engine) -> Iterator[CheckResult]:
+    """The journal: mark, lag, and segments that only an operator can adopt."""
+    queue, what = QueueReader(engine), "journal"
+    spool = mounted_spool(settings, queue)
+    if spool is None:
+        return  # the result for the spool says it
+    mark, known = queue.mark(), SpoolMark(spool.handle, spool.identity).known
+    if mark < known:
+        text = f"the database has the mark {mark}, the spool {known}: the database is older"
+        remedy = "run `qmqp-relay fsck --rebuild`; until then mail is accepted, and none is sent"
+        yield CheckResult(what, "fail", text, remedy)
+    lag = journal_lag(spool, queue.segments())
+    if lag.seconds > LATE_ROWS:
+        text = f"{lag.messages} messages have no rows yet, the oldest for {span(lag.seconds)}"
+        yield CheckResult(what, "warn", text, "start smtpd, or read its log")
+    elif mark >= known:
+        text = f"{lag.segments} segments, {size(lag.octets_on_disk)}, mark {mark}"
+        yield CheckResult(what, "ok", text)
+    if others := sorted(lag.hosts - {socket.gethostname()}):
+        text = f"segments of other hosts are not sealed: {', '.join(others)}"
+        remedy = "if a host is gone for good, run `qmqp-relay fsck --adopt`"
+        yield CheckResult(what, "warn", text, remedy)
 
 
 def _file_modes(settings: Settings) -> Iterator[CheckResult]:

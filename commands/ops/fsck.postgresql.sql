@@ -239,3 +239,8 @@ WHERE due_at < now() - :late * interval '1 second'
   )
 GROUP BY state
 ORDER BY state;
+
+-- name: segment_rows
+SELECT replace(CAST(id AS text), '-', '') AS id, sealed_at IS NOT NULL AS sealed
+FROM segments
+ORDER BY id;

@@ -16,6 +16,7 @@ import errno
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from sqlalchemy import Engine
 from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, CommandError, say
 from commands.ops.check import broker_lists
 from commands.ops.modify import actor
+from commands.ops.rebuild import Rebuilder
 from commands.ops.show import mounted_spool, opened
 from commands.output import counted, span, write
 from relay.db.engine import reading, writing
@@ -37,10 +39,19 @@ from relay.queue.states import UNFINISHED
 from relay.report.queries import QueueReader
 from relay.settings import WorkerSettings, load
 from relay.spool.bodies import Bodies
+from relay.spool.journal.directory import (
+    ADOPTED,
+    COPY,
+    DIRECTORY,
+    NEW,
+    OWNED,
+    JournalDirectory,
+)
 from relay.spool.journal.format import Place
-from relay.spool.orphans import REMOVAL_GRACE, OrphanFile, OrphanScanner
+from relay.spool.orphans import MIN_ORPHAN_AGE, REMOVAL_GRACE, OrphanFile, OrphanScanner
 from relay.spool.store import BodyUnsendable, Spool, SpoolError
 
+LATE_ROWS = 60.0  # seconds
 VERY_LATE = 4 * 3600.0  # seconds that a delivery may wait for a connection while others are sent
 BATCH = 500
 MAX_ROWS = 10_000  # that one check reports
@@ -154,6 +165,8 @@ class Fsck:
         yield from self._rows()  # first: a repaired row may need a file that seems unneeded
         yield from self._files()
         yield from self._bodies()
+        yield from self._journal()
+        yield from self._segments()
         yield from self._workers()
         yield from self._overdue()
         yield from self._broker()
@@ -198,7 +211,10 @@ class Fsck:
                 repair = partial(self._repair_file, what, file, self._orphans.move_to_orphans)
                 yield Inconsistency(what, path, "move it to orphans/", repair)
             else:
-                remedy = "it is kept: no row is newer, so the database may be an old copy"
+                remedy = (
+                    "it is kept: no row is newer, so the database may be an old copy;"
+                    " `fsck --rebuild` makes the rows"
+                )
                 yield Inconsistency("file without row", path, remedy)
 
     def _repair_file(
@@ -259,6 +275,66 @@ class Fsck:
             rows = self._queries.run(connection, "hold", id=dashed(name), reply=reply).all()
             self._entry(fault, f"--id {name}").note_rows(connection, rows)
         return bool(rows)
+
+    def _journal(self) -> Iterator[Inconsistency]:
+        """Records of the journal and trailers of files, against the rows. Rows that retention may
+        have removed are not missed."""
+        kept = max(0.0, self._settings.retention - REMOVAL_GRACE)
+        rebuilder = Rebuilder(self._settings, self._engine, self._spool, kept)
+        found = rebuilder.survey()
+        if rebuilder.older:
+            yield Inconsistency(
+                "database older than the spool",
+                f"its mark is {rebuilder.mark}, and the spool has {rebuilder.known}",
+                "run `qmqp-relay fsck --rebuild`; until then mail is accepted, and none is sent",
+            )
+        for damage in found.damages:
+            remedy = "messages there cannot be sent, and the others of the segment are read"
+            yield Inconsistency("journal damaged", damage, f"{remedy}; check the disk")
+        if found.messages and not rebuilder.older:
+            more = " ..." if len(found.ids) > SHOWN else ""
+            yield Inconsistency(
+                "rows lost",
+                f"{found.messages} messages: {', '.join(found.ids[:SHOWN])}{more}",
+                "`qmqp-relay fsck --rebuild` makes them, held",
+            )
+        if found.waiting and found.waiting_age > LATE_ROWS:
+            yield Inconsistency(
+                "rows not made",
+                f"{found.waiting} messages, for {span(found.waiting_age)}",
+                "smtpd makes them: start it, or read its log; for those of a host that is gone,"
+                " run `qmqp-relay fsck --adopt`",
+            )
+
+    def _segments(self) -> Iterator[Inconsistency]:
+        """Rows of segments without files, and files that no process finished or needs."""
+        if any(True for _ in self._without_file()):
+            wait(1.0)  # a worker removes the file and then the row
+        for segment, sealed in self._without_file():
+            remedy = (
+                "a worker removes the row" if sealed else "restore it from a backup of the spool"
+            )
+            yield Inconsistency("segment without file", segment, remedy)
+        rows = {row.id for row in self._all("segment_rows")}
+        now = self._spool.clock()
+        for segment, name in JournalDirectory(self._spool.handle).segments(NEW, COPY):
+            path = self._spool.directory / DIRECTORY / name
+            with suppress(FileNotFoundError):
+                if now - path.stat().st_mtime < MIN_ORPHAN_AGE:
+                    continue
+                if name.endswith(NEW):
+                    remedy = "smtpd removes it when it starts"
+                    yield Inconsistency("unfinished segment", str(path), remedy)
+                elif segment not in rows:
+                    remedy = "a worker removes it when it starts"
+                    yield Inconsistency("segment without row", str(path), remedy)
+
+    def _without_file(self) -> Iterator[tuple[str, bool]]:
+        """The segments that have a row and no file, and whether they are sealed."""
+        rows = self._all("segment_rows")
+        segments = JournalDirectory(self._spool.handle).segments(OWNED, ADOPTED, COPY)
+        files = {segment for segment, _ in segments}
+        yield from ((row.id, bool(row.sealed)) for row in rows if row.id not in files)
 
     def _workers(self) -> Iterator[Inconsistency]:
         """Workers whose lease expired long ago, and is not renewed during another LEASE."""
@@ -330,7 +406,10 @@ def run(*, repair: bool, json_lines: bool) -> int:
         spool = mounted_spool(settings, QueueReader(engine))
         if spool is None:
             where = f"the spool of this database is not mounted in {settings.spool_dir}"
-            raise CommandError(OUT_OF_REACH, f"{where}: run this command where it is mounted")
+            hint = "run this command where it is mounted"
+            if QueueReader(engine).spool_id() is None:
+                hint = "for a database that was lost, run `qmqp-relay fsck --rebuild`"
+            raise CommandError(OUT_OF_REACH, f"{where}: {hint}")
         write(rows(Fsck(settings, engine, spool)), _COLUMNS, json_lines=json_lines)
     if not json_lines:
         text = f"{counts.total()} found, {counts['yes']} repaired"

@@ -236,3 +236,8 @@ WHERE due_at < (SELECT now FROM clock) - CAST(:late * 1000000 AS INTEGER)
   )
 GROUP BY state
 ORDER BY state;
+
+-- name: segment_rows
+SELECT replace(id, '-', '') AS id, sealed_at IS NOT NULL AS sealed
+FROM segments
+ORDER BY id;

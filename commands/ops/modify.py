@@ -18,6 +18,7 @@ import typer
 
 from commands.errors import DONE, INTERRUPTED, NOTHING_MATCHED, WRONG_USE, CommandError, say
 from commands.ops.show import COLUMNS, mounted_spool, opened, resolved
+from commands.ops.uncommitted import journal_answers
 from commands.output import as_json, counted, write
 from relay.queue.operations import OPERATIONS, REROUTE, QueueOperations
 from relay.queue.states import State
@@ -34,6 +35,15 @@ def actor() -> str:
     except (OSError, KeyError):  # the uid of a container may have no name
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}"
+
+
+def confirmed(summary: str, *, yes: bool) -> bool:
+    """Whether the operator agrees. Without a terminal to ask on, CommandError names --yes."""
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise CommandError(WRONG_USE, f"{summary}? Add --yes to do it")
+    return typer.confirm(f"{summary}?")
 
 
 def change(
@@ -55,7 +65,8 @@ def change(
     with opened(settings) as engine:
         queue, operation = QueueReader(engine), OPERATIONS.get(name, REROUTE)
         operations = QueueOperations(engine, sends_dsns=settings.bounces == "dsn")
-        filter_ = resolved(queue, filter_)
+        with journal_answers(settings, filter_.id):
+            filter_ = resolved(queue, filter_)
         matched = operations.matching(operation, filter_)
         if not matched:
             states = " or ".join(operation.takes)
@@ -69,11 +80,8 @@ def change(
             write(rows, COLUMNS, json_lines=json_lines)
             say(f"would {summary}")
             return DONE
-        if min(matched.total(), limit or 2) > 1 and not yes:
-            if not sys.stdin.isatty():
-                raise CommandError(WRONG_USE, f"{summary}? Add --yes to change more than one")
-            if not typer.confirm(f"{summary}?"):
-                return NOTHING_MATCHED
+        if min(matched.total(), limit or 2) > 1 and not confirmed(summary, yes=yes):
+            return NOTHING_MATCHED
         chunks = operations.in_chunks(
             operation,
             filter_,

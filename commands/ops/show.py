@@ -18,6 +18,7 @@ from sqlalchemy import Engine
 
 from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, CommandError, explanation, say
 from commands.ops import explain
+from commands.ops.uncommitted import NotInDatabase, journal_answers
 from commands.output import (
     Columns,
     ago,
@@ -36,14 +37,16 @@ from commands.output import (
 from relay.db import engine as database
 from relay.queue.outcome import Outcome
 from relay.queue.states import UNFINISHED
+from relay.queue.uncommitted import journal_lag
 from relay.report.filters import Filter
 from relay.report.queries import QueueReader
 from relay.report.rows import DsnRow, MessageRow, Row
 from relay.report.statistics import AGES, Statistics
 from relay.settings import Settings, load
 from relay.spool.bodies import Bodies
-from relay.spool.journal.directory import DIRECTORY, OWNED
+from relay.spool.journal.directory import DIRECTORY, OWNED, JournalDirectory
 from relay.spool.journal.format import Place
+from relay.spool.segments import SegmentStore
 from relay.spool.store import BodyUnsendable, Spool
 
 ID_DIGITS = 12  # a table shows the end of an id: these digits are random, and find the message
@@ -54,11 +57,11 @@ MAX_WORKERS = 50  # that a table shows
 _CELLS: dict[str, Callable[[Any], str]] = {
     **dict.fromkeys(("sender", "recipient"), lambda address: cut(address, 28)),
     **dict.fromkeys(("id", "queue_id"), lambda queue_id: str(queue_id[-ID_DIGITS:])),
-    **dict.fromkeys(("size", "bytes", "bytes_sent"), size),
+    **dict.fromkeys(("size", "bytes", "bytes_sent", "disk", "live"), size),
     **dict.fromkeys((*AGES, "older"), lambda count: str(count or "")),
     "next_at": due,
     "started_at": stamp,
-    "oldest_seconds": span,
+    **dict.fromkeys(("oldest_seconds", "lag_seconds"), span),
     "seconds": "{:.3f}s".format,
 }
 
@@ -110,6 +113,7 @@ _SERVERS: Columns = {
 }
 _SUMMARY = _columns("STATE ROUTE DELIVERIES BYTES OLDEST=oldest_seconds OVERDUE")
 _PAUSES = _columns("PAUSED=subject SINCE=since_at BY=actor REASON")
+_JOURNAL = _columns("WITHOUT_ROWS=messages BYTES FOR=lag_seconds SEGMENTS DISK LIVE")
 _RECEIVED = _columns("LAST_MINUTE LAST_HOUR BYTES")
 _RATES = _columns("OUTCOME LAST_MINUTE LAST_HOUR BYTES=bytes_sent MEAN=seconds")
 _SLOWEST = _columns("ID=queue_id TOOK=seconds SERVER BYTES=bytes_sent OUTCOME REPLY")
@@ -179,9 +183,11 @@ def watched(
 
 def list_queue(filter_: Filter, *, everything: bool, limit: int | None, json_lines: bool) -> int:
     """Print what matches, a row for each recipient; the exit status."""
-    with opened(load(Settings)) as engine:
+    settings = load(Settings)
+    with opened(settings) as engine:
         queue = QueueReader(engine)
-        filter_ = resolved(queue, filter_)
+        with journal_answers(settings, filter_.id):
+            filter_ = resolved(queue, filter_)
         if sys.stdout.isatty() and not json_lines:
             rows = queue.rows(filter_, limit=limit, finished=everything, columns=LISTED)
             count = write(rows, COLUMNS)
@@ -225,7 +231,7 @@ class MessageReport:
 def find_message(text: str) -> MessageReport:
     """`report_on` in the database that the settings name."""
     settings = load(Settings)
-    with opened(settings) as engine:
+    with journal_answers(settings, text), opened(settings) as engine:
         return report_on(QueueReader(engine), settings, text)
 
 
@@ -266,7 +272,10 @@ def _file(spool: Spool, message: MessageRow) -> Path:
 
 def show_message(text: str, *, json_lines: bool) -> int:
     """Print everything about one message; the exit status."""
-    report = find_message(text)
+    try:
+        report = find_message(text)
+    except NotInDatabase as found:
+        return _print_uncommitted(found, json_lines=json_lines)
     if json_lines:
         typer.echo(as_json(report.as_row()))
         return DONE
@@ -275,6 +284,28 @@ def show_message(text: str, *, json_lines: bool) -> int:
     typer.echo()
     write(map(asdict, report.message.attempts), _ATTEMPTS)
     return DONE
+
+
+def _print_uncommitted(found: NotInDatabase, *, json_lines: bool) -> int:
+    """Print what the journal knows; the exit status is that of an outage while the database may
+    know more."""
+    for row in found.rows:
+        if json_lines:
+            typer.echo(as_json(row))
+            continue
+        for name, value in row.items():
+            if value is not None:
+                shown = _uncommitted_text(name, value)
+                typer.echo(f"{name:>12}: {_wrapped(plain(shown), 14).lstrip()}")
+    if found.away:
+        say(found.away)
+    return OUT_OF_REACH if found.away else DONE
+
+
+def _uncommitted_text(name: str, value: Any) -> str:
+    if name == "recipients":
+        return ", ".join(value)
+    return f"{span(value)} ago" if name == "seconds" else str(value or "<>")
 
 
 def described(report: MessageReport) -> list[tuple[str, str]]:
@@ -337,7 +368,10 @@ def _envelope(report: MessageReport) -> Iterator[tuple[str, str]]:
 
 def show_why(text: str, *, json_lines: bool) -> int:
     """Print why a message is in its state, a sentence for each delivery; the exit status."""
-    report = find_message(text)
+    try:
+        report = find_message(text)
+    except NotInDatabase as found:
+        return _print_uncommitted(found, json_lines=json_lines)
     for row in report.why:
         line = as_json({"queue_id": report.message.queue_id, **row})
         typer.echo(line if json_lines else _wrapped(plain(row["why"])))
@@ -377,9 +411,31 @@ def show_body(end: str, *, header_only: bool) -> int:
     return DONE
 
 
+def journal_rows(settings: Settings, queue: QueueReader) -> list[Row]:
+    """The lag and the size of the journal, in one row; none if the spool is not mounted here."""
+    spool = mounted_spool(settings, queue)
+    if spool is None:
+        return []
+    lag = journal_lag(spool, queue.segments())
+    store = SegmentStore(
+        queue.engine, JournalDirectory(spool.handle), spool.identity, settings.retention
+    )
+    return [
+        {
+            "messages": lag.messages,
+            "bytes": lag.octets,
+            "lag_seconds": lag.seconds,
+            "segments": lag.segments,
+            "disk": lag.octets_on_disk,
+            "live": store.usage()[1],
+        }
+    ]
+
+
 def show_stats(*, json_lines: bool) -> int:
     """Print counts, ages, workers, servers, pauses and rates; the exit status."""
-    with opened(load(Settings)) as engine:
+    settings = load(Settings)
+    with opened(settings) as engine:
         queue = QueueReader(engine)
         statistics = Statistics(engine)
         workers = [asdict(row) for row in queue.workers() if row.ended_at is None]
@@ -389,6 +445,7 @@ def show_stats(*, json_lines: bool) -> int:
             ("worker", "workers", workers, _WORKERS),
             ("server", "servers", queue.read("servers"), _SERVERS),
             ("pause", "pauses", [asdict(row) for row in queue.pauses()], _PAUSES),
+            ("journal", "journal", journal_rows(settings, queue), _JOURNAL),
             ("received", "received messages", [statistics.received()], _RECEIVED),
             ("rate", "tries of the last hour", statistics.read("rates"), _RATES),
             (

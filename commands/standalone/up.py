@@ -1,10 +1,12 @@
 """`qmqp-relay up`: the whole relay on this machine, in the foreground, below one directory.
 
 `up` locks STATE_DIR, checks that its addresses are free, and then starts Valkey (unless
-RELAY_BROKER_URL names a broker), the migrations, the sink with `--demo`, `smtpd` and a worker. Each
-process logs to this terminal and is restarted when it crashes. One that exits for a bad setting or
-a port in use ends `up`, because a restart would fail too. The first Ctrl-C stops the processes in
-the order in which a message passes them, so that the queue drains; the second kills them.
+RELAY_BROKER_URL names a broker), the migrations, the sink with `--demo`, `smtpd` and a worker.
+While the database is away, smtpd starts alone if the spool is known, and the others follow the
+migrations. Each process logs to this terminal and is restarted when it crashes. One that exits for
+a bad setting or a port in use ends `up`, because a restart would fail too. The first Ctrl-C stops
+the processes in the order in which a message passes them, so that the queue drains; the second
+kills them.
 
 What must stay true: no process starts that cannot run beside what already runs; the files of a
 killed `up` never hinder the next; without a broker all mail is delivered, so a Valkey that does not
@@ -26,7 +28,7 @@ from pathlib import Path
 
 import typer
 
-from commands.errors import WRONG_USE, CommandError
+from commands.errors import OUT_OF_REACH, WRONG_USE, CommandError
 from commands.standalone import valkey
 from commands.standalone.supervisor import Child
 from relay.log import configure, get_logger
@@ -38,10 +40,13 @@ from relay.settings import (
     redacted,
     unknown_names,
 )
+from relay.spool.store import Spool
 
 log = get_logger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
 SINK_PORT = 6280
+MIGRATE_PAUSE = 1.0  # seconds between two tries while the database is away
+MIGRATE_WAIT = 3600  # seconds of a try
 STOP_ORDER = ("migrate", "smtpd", "worker", "sink", "valkey")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A parent process may pass on a signal that the terminal has sent already. Within this time
@@ -80,25 +85,44 @@ class Stack:
             async with asyncio.TaskGroup() as tasks:
                 if valkey.url(self.smtpd):
                     await self._start_valkey(tasks)
-                migrate = self._child("migrate", stop_timeout=30)
-                await migrate.start()
-                if status := await migrate.wait():
-                    raise CommandError(
-                        WRONG_USE,
-                        f"the migrations failed with exit status {status}; the reason is above",
-                    )
-                required = [
-                    self._child("smtpd", stop_timeout=self.smtpd.drain_timeout + 5),
-                    self._child("worker", stop_timeout=self.worker.drain_timeout + 15),
-                ]
+                await self._migrate(tasks)
                 if self.sink_address:
                     options = ("--listen", self.sink_address, "--dump", str(state_dir / "sink"))
-                    required.insert(0, self._child("sink", *options, stop_timeout=5))
-                for child in required:
-                    tasks.create_task(_require(child))
-                tasks.create_task(self._announce())
+                    tasks.create_task(_require(self._child("sink", *options, stop_timeout=5)))
+                self._accept(tasks)
+                worker = self._child("worker", stop_timeout=self.worker.drain_timeout + 15)
+                tasks.create_task(_require(worker))
         except* Exception as group:
             raise group.exceptions[0] from None
+
+    async def _migrate(self, tasks: asyncio.TaskGroup) -> None:
+        """Migrate the database. While it is away, smtpd accepts mail into a spool that is known."""
+        status = await self._run_migrations()
+        if status == OUT_OF_REACH and self._spool_is_known():
+            log.warning("accepting without the database", reason="the migrations wait for it")
+            self._accept(tasks)
+            while status == OUT_OF_REACH:
+                await asyncio.sleep(MIGRATE_PAUSE)
+                status = await self._run_migrations("--wait", str(MIGRATE_WAIT))
+        if status:
+            text = f"the migrations failed with exit status {status}; the reason is above"
+            raise CommandError(WRONG_USE, text)
+
+    async def _run_migrations(self, *options: str) -> int:
+        migrate = self._child("migrate", *options, stop_timeout=30)
+        await migrate.start()
+        return await migrate.wait()
+
+    def _spool_is_known(self) -> bool:
+        unsafe = self.smtpd.unsafe_durability
+        return Spool.known(self.smtpd.spool_dir, unsafe=unsafe) is not None
+
+    def _accept(self, tasks: asyncio.TaskGroup) -> None:
+        """Start smtpd, unless it runs."""
+        if "smtpd" not in self.children:
+            smtpd = self._child("smtpd", stop_timeout=self.smtpd.drain_timeout + 5)
+            tasks.create_task(_require(smtpd))
+            tasks.create_task(self._announce())
 
     async def stop(self) -> None:
         """Stop the processes in order; one that was killed meanwhile counts as stopped."""

@@ -35,7 +35,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from commands.errors import DONE, WRONG_USE, CommandError
-from commands.ops.show import OUTCOMES, described, opened, report_on
+from commands.ops.show import OUTCOMES, described, journal_rows, opened, report_on
 from commands.output import ago, cut, due, plain, size, span, stamp
 from commands.web import charts
 from commands.web.timeline import timeline
@@ -208,6 +208,7 @@ class Pages:
             "servers": self._queue.read("servers"),
             "workers": [row for row in self._queue.workers() if row.ended_at is None],
             "pauses": self._queue.pauses(),
+            "journal": journal_rows(self._settings, self._queue),
             "rate": charts.rate(now, steps, STEP, STEPS),
             "latency": charts.latency(now, steps, STEP, STEPS),
             "hours": charts.hourly(now, steps, STEP, STEPS),

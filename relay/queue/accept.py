@@ -124,6 +124,30 @@ def encode(message: NewMessage, *, delay_warning: float | None = None) -> bytes:
     return "\n".join(lines).encode()
 
 
+class StoredEnvelope(NamedTuple):
+    """What people ask about a message that has no rows yet."""
+
+    queue_id: str
+    sender: str
+    size: int
+    recipients: tuple[str, ...]
+    deliveries: tuple[int, ...]
+
+
+def decode(rows: bytes) -> StoredEnvelope:
+    """The envelope of a message that is encoded."""
+    (message,), recipients, deliveries = (
+        json.loads(f"[{line}]") for line in rows.decode().split("\n")
+    )
+    return StoredEnvelope(
+        message["id"].replace("-", ""),
+        message["sender"],
+        message["size"],
+        tuple(one["address"] for one in recipients),
+        tuple(one["number"] for one in deliveries),
+    )
+
+
 def routes_of(rows: bytes) -> tuple[str, ...]:
     """The routes of a message that is encoded."""
     deliveries = rows.rpartition(b"\n")[2]
@@ -193,10 +217,36 @@ class Acceptor:
         if not self.is_committed(span):
             raise PositionMoved(f"segment {span.segment} at {span.start}")
 
-    def _insert_or_hold(
-        self, connection: Connection, message: EncodedMessage, segment: str, age: float
+    def insert_held(
+        self,
+        connection: Connection,
+        messages: Sequence[EncodedMessage],
+        segment: str | None,
+        *,
+        age: float,
+        reason: str,
     ) -> None:
-        reason = None
+        """Insert messages that are held, in the caller's transaction; their bodies stand in a
+        segment, or in files. What the database refuses gets escaped rows."""
+        try:
+            with connection.begin_nested():
+                self.insert_batch(
+                    connection, messages, segment=segment, age=age, hold_reason=reason
+                )
+        except Exception as error:
+            if is_outage(error):
+                raise
+            for message in messages:
+                self._insert_or_hold(connection, message, segment, age, reason)
+
+    def _insert_or_hold(
+        self,
+        connection: Connection,
+        message: EncodedMessage,
+        segment: str | None,
+        age: float,
+        reason: str | None = None,
+    ) -> None:
         for _ in range(2):
             try:
                 with connection.begin_nested():

@@ -104,6 +104,14 @@ WITH d AS (
 )
 SELECT delivery, at AS acted_at, actor, operation, reason, filter FROM x ORDER BY at, id, delivery;
 
+-- name: segments
+SELECT replace(CAST(id AS text), '-', '') AS id, committed_to, sealed_at IS NOT NULL AS sealed
+FROM segments
+ORDER BY id;
+
+-- name: mark
+SELECT mark FROM spool;
+
 -- name: spool_id
 SELECT replace(CAST(id AS text), '-', '') AS id FROM spool;
 

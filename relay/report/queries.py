@@ -32,6 +32,7 @@ from relay.report.rows import (
     PauseRow,
     RecipientRow,
     Row,
+    SegmentPosition,
     WorkerRow,
 )
 
@@ -286,6 +287,18 @@ class QueueReader(Reader):
         Operations on its routes and servers while it was unfinished have no `delivery`.
         """
         return self.read("operations", id=dashed(queue_id))
+
+    def segments(self) -> dict[str, SegmentPosition]:
+        """Up to where the messages of each segment have rows, by its id."""
+        return {
+            str(row["id"]): SegmentPosition(row["committed_to"], bool(row["sealed"]))
+            for row in self.read("segments")
+        }
+
+    def mark(self) -> int:
+        """The mark of the spool in this database."""
+        rows = self.read("mark")
+        return int(rows[0]["mark"]) if rows else 0
 
     def spool_id(self) -> str | None:
         """The identity of the spool in this database; None before smtpd or a worker has run."""

@@ -7,7 +7,7 @@ datetimes, ids are 32 hex digits, sizes are bytes.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,3 +132,10 @@ class PauseRow:
 
 type Row = Mapping[str, Any]
 """A row that is passed on as it is, to a table or as JSON."""
+
+
+class SegmentPosition(NamedTuple):
+    """Up to where the messages of a segment have rows. `sealed`: all have."""
+
+    committed_to: int
+    sealed: bool

@@ -71,11 +71,12 @@ class SpoolMark:
                 f"the database knows the spool {row[0]}, and this one is {self._identity}:"
                 " mount the right one; nothing was touched"
             )
-        if row is not None and row[1] < known:
-            log.critical("database older than the spool", mark=row[1], known=known)
+        mark = row[1] if row is not None else 0  # without the row it is a new database
+        if mark < known:
+            log.critical("database older than the spool", mark=mark, known=known)
             raise OlderDatabase(
-                "the database is older than the spool: it was restored from a backup. Run"
-                " `qmqp-relay fsck --rebuild`, which holds what may have been delivered since"
+                "the database is older than the spool: it is new, or was restored from a backup."
+                " Run `qmqp-relay fsck --rebuild`, which holds what may have been delivered since"
             )
 
     def _read(self) -> int:

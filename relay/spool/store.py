@@ -31,7 +31,7 @@ from relay.db.sql import Queries
 from relay.ids import dashed, new_id
 from relay.spool.journal.directory import DIRECTORY, JournalDirectory
 from relay.spool.journal.reader import JournalReader
-from relay.spool.trailer import encode_trailer, read_trailer
+from relay.spool.trailer import encode_trailer, read_envelope, read_trailer
 
 SYNC_EVERY = 8 << 20
 _DIRECTORY_DIGITS = 8
@@ -329,6 +329,19 @@ class Spool:
         for directory in self._directories():
             yield from self._files(directory)
 
+    def envelope(self, queue_id: str) -> bytes:
+        """The envelope in the trailer of a body file; empty without a valid one. Raises OSError;
+        FileNotFoundError if there is no such file."""
+        for name in self._names(queue_id):
+            with suppress(FileNotFoundError):
+                handle = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.handle)
+                try:
+                    trailer = read_trailer(handle)
+                    return (trailer and read_envelope(handle, trailer)) or b""
+                finally:
+                    os.close(handle)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), queue_id)
+
     def orphans(self) -> Iterator[tuple[str, os.stat_result]]:
         """Every file in `orphans/`."""
         with suppress(FileNotFoundError):
@@ -357,6 +370,17 @@ class Spool:
         """The free space of the spool's file system."""
         status = os.fstatvfs(self.handle)
         return status.f_bavail * status.f_frsize
+
+    def journal_usage(self) -> tuple[int, int]:
+        """How many segments there are, and the octets that they take on the disk."""
+        sizes = list[int]()
+        with suppress(FileNotFoundError), _opened(DIRECTORY, self.handle) as handle:
+            for name in os.listdir(handle):
+                if not name.startswith("mark"):
+                    with suppress(FileNotFoundError):  # it was removed or renamed since
+                        status = os.stat(name, dir_fd=handle, follow_symlinks=False)
+                        sizes.append(status.st_blocks * 512)
+        return len(sizes), sum(sizes)
 
     def prepare(self, engine: Engine, *, unsafe: bool = False) -> None:
         """Make or check the directory, and that it is the one that this database knows; raises

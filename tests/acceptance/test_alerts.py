@@ -29,6 +29,11 @@ RESTS, ACCEPT = (
     'relay_circuit_opened_total{server="mx:628", why="%s"}',
     'relay_accept_seconds_bucket{le="%s"}',
 )
+JOURNAL = {
+    "relay_journal_live_bytes": "1e6x120",
+    "relay_journal_segments": "60x120",
+    "relay_journal_sealed_segments": "30x120",
+}
 CASES: list[Case] = [
     ("RelayMailIsLate", {'relay_oldest_age_seconds{state="deferred"}': "3500+60x60"}, [10], [5]),
     ("RelayMailIsLate", {'relay_oldest_age_seconds{state="bounced"}': "90000x60"}, [], [30]),
@@ -55,6 +60,12 @@ CASES: list[Case] = [
     ("RelayHeld", {'relay_deliveries{state="held"}': "0x5 1x30"}, [22], [20]),
     ("RelaySpoolIsFull", {ROOM + '{job="a"}': "5e9x20", ROOM + '{job="b"}': "9e8x20"}, [2], [0]),
     ("RelayDatabaseIsAway", {UP + '{job="a"}': "1x20", UP + '{job="b"}': "1x5 0x15"}, [8], [6]),
+    ("RelayJournalLag", {"relay_journal_lag_seconds": "0x5 61+60x20"}, [8], [5]),
+    ("RelayDatabaseOlder", {"relay_database_older": "0x5 1x20"}, [8], [5]),
+    # 30 segments are in use, and little is needed.
+    ("RelayJournalDisk", {**JOURNAL, "relay_journal_disk_bytes": "9e8x120"}, [62], [58]),
+    ("RelayJournalDisk", {**JOURNAL, "relay_journal_disk_bytes": "7e8x120"}, [], [62]),
+    ("RelayBodyDamaged", {"relay_bodies_damaged_total": "0x5 1x90"}, [7], [5, 80]),
     ("RelayTargetsDown", {UP: "1x5 stale"}, [9], [7]),
     ("RelaySpoolerRestarted", {"relay_spooler_restarts_total": "0x5 1x40"}, [7, 19], [5, 25]),
     (

@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 import reception.committer
+import reception.replay
 import reception.spooler
 from reception.spooler import Spooler
 from reception.spooler_protocol import FrameDecoder, SpoolerReply, StoreFault, StoreRequest, frame
@@ -229,7 +230,8 @@ def test_an_outage_of_any_length_costs_no_memory_and_no_order(
     queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reception.committer, "MAX_HELD", 4)
-    monkeypatch.setattr(reception.committer, "MAX_ROWS", 16)
+    for module in (reception.committer, reception.replay):
+        monkeypatch.setattr(module, "MAX_ROWS", 16)
     with spooler(queue, bound, segment_size=1 << 17) as harness:
         harness.acceptor.fault = OperationalError("COMMIT", {}, ConnectionResetError())
         requests = []

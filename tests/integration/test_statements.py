@@ -114,6 +114,7 @@ EXAMPLES: dict[str, Any] = {
     "limits": 60.0,
     "long": 180.0,
     "longest": 3600.0,
+    "mark": 5,
     "matched": 3,
     "messages": json.dumps(
         [

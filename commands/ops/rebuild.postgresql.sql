@@ -1,0 +1,61 @@
+-- What `fsck --rebuild` asks and changes (commands/ops/rebuild.py).
+
+-- name: mark
+SELECT mark FROM spool;
+
+-- name: raise_mark
+UPDATE spool SET mark = :mark WHERE mark < :mark;
+
+-- name: messages_with_rows
+-- Of these messages those that have a row, and the place of each body (empty: a file).
+SELECT replace(CAST(m.id AS text), '-', '') AS id,
+    replace(CAST(m.segment AS text), '-', '') AS segment, m.position
+FROM json_array_elements_text(CAST(:ids AS json)) AS x(id)
+JOIN messages m ON m.id = CAST(x.id AS uuid)
+ORDER BY m.id;
+
+-- name: unfinished
+SELECT count(*) AS count FROM deliveries
+WHERE state IN ('queued', 'sending', 'deferred');
+
+-- name: lock_sending
+-- Their workers ended before the database was restored.
+SELECT queue_id, number FROM deliveries
+WHERE state = 'sending'
+ORDER BY queue_id, number
+LIMIT :most
+FOR UPDATE;
+
+-- name: hold_unfinished
+UPDATE deliveries
+SET
+    -- event: fsck
+    state = 'held', due_at = NULL, last_reply = :reply,
+    reason_source = 'operator'
+WHERE (queue_id, number) IN (
+    SELECT d.queue_id, d.number
+    FROM deliveries d
+    WHERE d.state IN ('queued', 'deferred')
+    ORDER BY d.queue_id, d.number
+    LIMIT :most
+    FOR UPDATE OF d
+)
+RETURNING queue_id, number;
+
+-- name: advance_segment
+-- All messages up to the end have rows, so no spooler makes them again.
+INSERT INTO segments (id, committed_to) VALUES (:segment, :end)
+ON CONFLICT (id) DO UPDATE SET committed_to = :end
+WHERE segments.sealed_at IS NULL AND segments.committed_to < :end;
+
+-- name: insert_sealed
+-- A copy, which is never replayed.
+INSERT INTO segments (id, committed_to, sealed_at) VALUES (:segment, :end, now())
+ON CONFLICT DO NOTHING;
+
+-- name: move_bodies
+-- Bodies whose segment is gone and that compaction has copied.
+UPDATE messages m SET segment = :segment, position = x.position
+FROM json_to_recordset(CAST(:moves AS json)) AS x(
+    id uuid, old_segment uuid, old_position bigint, position bigint)
+WHERE m.id = x.id AND m.segment = x.old_segment AND m.position = x.old_position;

@@ -1,0 +1,203 @@
+"""Replay: makes the rows of what a segment holds. The committer and `fsck --adopt` share it.
+
+A chunk is what one transaction commits: messages that arrived within a second of each other. What
+must stay true: a batch that was declared void gets no rows; damage is logged and passed over, and
+everything that verifies gets its rows; damage behind the last batch of a segment is a torn tail, of
+which no client has heard.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from relay.db.engine import is_outage
+from relay.log import first_line, get_logger
+from relay.queue.accept import (
+    Acceptor,
+    EncodedMessage,
+    PositionMoved,
+    SegmentSpan,
+    routes_of,
+)
+from relay.spool.journal.adoption import AdoptedSegment
+from relay.spool.journal.directory import ADOPTED, JournalDirectory, SegmentFile
+from relay.spool.journal.format import BLOCK
+from relay.spool.journal.scan import Damage, ScannedBatch, first_void, read_header, scan
+
+log = get_logger(__name__)
+MAX_ROWS = 512
+"""Messages in a transaction."""
+_SAME_TIME = 1_000_000
+"""Microseconds: messages of one transaction get one time of arrival."""
+
+
+@dataclass(slots=True, eq=False)
+class OpenSegment:
+    """A segment that this process owns. Its messages have rows up to `committed` and are written up
+    to `end`; `retired`: nothing more is written to it; `orderly`: what lies behind `end` does not
+    count; nor does anything from `void_from` on."""
+
+    id: str
+    name: str
+    file: SegmentFile
+    committed: int
+    end: int
+    ours: bool = True
+    opened: bool = False  # it has a row
+    retired: bool = False
+    orderly: bool = True
+    void_from: float = float("inf")
+    count: int = 0
+    least: str = ""
+    greatest: str = ""
+    pending: int = 0
+    pending_octets: int = 0
+
+    def add(self, ids: Sequence[str], size: int, *, pending: bool = True) -> None:
+        """Count messages whose bodies have `size` octets; `pending`: they have no rows yet."""
+        self.count += len(ids)
+        if pending:
+            self.pending += len(ids)
+            self.pending_octets += size
+        self.least = min(self.least or ids[0], *ids)
+        self.greatest = max(self.greatest, *ids)
+
+
+@dataclass(slots=True)
+class Chunk:
+    """What one transaction commits."""
+
+    segment: OpenSegment
+    start: int
+    end: int
+    messages: list[EncodedMessage]
+    hints: list[tuple[str, tuple[str, ...]]]
+    size: int
+    age: float
+
+
+def to_replay(acceptor: Acceptor, adopted: AdoptedSegment, void_from: float) -> OpenSegment | None:
+    """An adopted segment, with what of it has no rows; None if it is sealed. Raises OSError and
+    the database's errors."""
+    header, file = adopted.header, adopted.file
+    position, sealed = acceptor.position(header.segment)
+    if sealed:
+        return None
+    segment = OpenSegment(
+        header.segment,
+        header.segment + ADOPTED,
+        file,
+        position or BLOCK,
+        position or BLOCK,
+        ours=False,
+        opened=position is not None,
+        retired=True,
+        void_from=void_from,
+    )
+    for item in scan(file, header, verify_bodies=False):
+        if isinstance(item, ScannedBatch) and item.void is None:
+            if item.position < void_from and item.records:
+                size = sum(len(memoryview(record.body)) for record in item.records)
+                pending = item.position >= segment.committed
+                segment.add([r.queue_id for r in item.records], size, pending=pending)
+            segment.end = max(segment.end, item.end)
+        elif isinstance(item, Damage) and not item.torn:
+            segment.end = max(segment.end, item.end)
+    return segment
+
+
+def read_chunk(segment: OpenSegment, end: int) -> Chunk:
+    """Reads from the file what is committed next, up to `end`: messages that arrived within a
+    second of each other."""
+    chunk = Chunk(segment, segment.committed, end, [], [], 0, 0.0)
+    written_at = None
+    for item in scan(segment.file, read_header(segment.file), segment.committed, end):
+        if isinstance(item, Damage):
+            _log_damage(segment.id, item)
+            continue
+        if chunk.messages and written_at is not None:
+            apart = abs(item.header.written_at - written_at) > _SAME_TIME
+            if apart or len(chunk.messages) + len(item.records) > MAX_ROWS:
+                chunk.end = item.position
+                break
+        for damage in item.damages:
+            _log_damage(segment.id, damage)
+        if segment.void_from <= item.position:
+            continue
+        written_at = written_at or item.header.written_at
+        for record in item.records:
+            chunk.messages.append(
+                EncodedMessage(record.envelope, record.position if record.in_journal else None)
+            )
+            chunk.hints.append((record.queue_id, routes_of(record.envelope)))
+            chunk.size += len(memoryview(record.body))
+    if written_at is not None:
+        chunk.age = max(0.0, time.time() - written_at / 1e6)
+    return chunk
+
+
+def commit_chunk(acceptor: Acceptor, directory: JournalDirectory, chunk: Chunk) -> None:
+    """Makes the rows of a chunk. A message that the database refuses gets rows that are held.
+    Raises PositionMoved, and the database's errors if it is away."""
+    segment = chunk.segment
+    span = SegmentSpan(segment.id, chunk.start, chunk.end)
+    _open_row(acceptor, directory, segment, chunk.start)
+    try:
+        acceptor.commit(chunk.messages, span, age=chunk.age)
+    except PositionMoved:
+        raise
+    except Exception as error:
+        if is_outage(error):
+            raise
+        log.error("batch refused by the database", reason=first_line(error))
+        acceptor.commit_each(chunk.messages, span, age=chunk.age)
+
+
+def _open_row(
+    acceptor: Acceptor, directory: JournalDirectory, segment: OpenSegment, start: int
+) -> None:
+    """Inserts the row of a segment that has none. Raises PositionMoved if another process took the
+    segment: it may have removed segment and row, and its messages would come twice."""
+    if not segment.opened:
+        acceptor.open_segment(segment.id, start)
+        if not directory.leads_to(segment.name, segment.file):
+            raise PositionMoved(f"segment {segment.id} was adopted")
+        segment.opened = True
+
+
+def seal(acceptor: Acceptor, directory: JournalDirectory, segment: OpenSegment) -> None:
+    """Seals a segment that is committed to its end. Raises OSError and the database's errors."""
+    if not segment.opened:
+        if not segment.count and first_void(segment.file, read_header(segment.file)) is None:
+            with suppress(FileNotFoundError):  # another process adopted it
+                directory.unlink(segment.name)  # nothing was ever written to it
+            directory.sync()
+            return
+        try:
+            _open_row(acceptor, directory, segment, segment.end)
+        except PositionMoved:
+            return
+    acceptor.seal_segment(segment.id, segment.end, segment.count, segment.least, segment.greatest)
+
+
+def replay(acceptor: Acceptor, directory: JournalDirectory, segment: OpenSegment) -> int:
+    """Makes all rows that an adopted segment lacks, and seals it; the number of messages. Raises
+    PositionMoved, OSError and the database's errors."""
+    messages = 0
+    while segment.committed < segment.end:
+        chunk = read_chunk(segment, segment.end)
+        commit_chunk(acceptor, directory, chunk)
+        segment.committed = chunk.end
+        messages += len(chunk.messages)
+    seal(acceptor, directory, segment)
+    return messages
+
+
+def _log_damage(segment: str, damage: Damage) -> None:
+    """A torn tail was never confirmed to a client; anything else is a loss."""
+    fields = {"segment": segment, "position": damage.position, "reason": damage.reason}
+    if damage.torn:
+        log.warning("segment ends in a torn batch", **fields)
+    else:
+        log.critical("segment damaged", octets=damage.end - damage.position, **fields)

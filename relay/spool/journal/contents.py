@@ -1,0 +1,75 @@
+"""Every segment of a journal, one after the other, for commands that read all of them.
+
+It changes nothing, so it may run beside a relay that works. A segment whose header is damaged is
+read all the same: its name is its id, and checksums contain the id. What must stay true: a segment
+that is renamed meanwhile is read, and one that is removed meanwhile is left out.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from relay.spool.journal.adoption import voided_from
+from relay.spool.journal.directory import ADOPTED, COPY, OWNED, JournalDirectory, SegmentFile
+from relay.spool.journal.format import BLOCK, JournalFormatError, SegmentHeader, VoidedBatch
+from relay.spool.journal.scan import Damage, ScannedBatch, read_header, scan
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentContents:
+    """A segment that is open. `fault`: what is wrong with its header; empty if nothing is."""
+
+    name: str
+    header: SegmentHeader
+    file: SegmentFile
+    fault: str = ""
+
+    @property
+    def id(self) -> str:
+        """The segment's id."""
+        return self.header.segment
+
+    @property
+    def copied(self) -> bool:
+        """Whether compaction made it."""
+        return PurePath(self.name).suffix == COPY
+
+    def batches(
+        self,
+        voids: Iterable[VoidedBatch] = (),
+        start: int = BLOCK,
+        *,
+        verify_bodies: bool = True,
+    ) -> Iterator[ScannedBatch | Damage]:
+        """What `scan` finds, without what is void. Raises OSError."""
+        end = voided_from(voids, self.id)
+        for one in scan(self.file, self.header, start, verify_bodies=verify_bodies):
+            if one.position >= end:
+                return
+            if not (isinstance(one, ScannedBatch) and one.void is not None):
+                yield one
+
+
+def contents(directory: JournalDirectory) -> Iterator[SegmentContents]:
+    """Every segment, oldest first; each is closed when the next is taken. Raises OSError."""
+    for segment, name in [*directory.segments(OWNED, ADOPTED, COPY)]:
+        file = directory.open_segment(segment)
+        if file is None:
+            continue
+        try:
+            try:
+                header, fault = read_header(file), ""
+            except JournalFormatError as error:
+                header, fault = SegmentHeader(segment, "", 0, ""), str(error)
+            if not fault and header.segment != segment:
+                fault = f"it has the header of segment {header.segment}"
+                header = header._replace(segment=segment)
+            yield SegmentContents(name, header, file, fault)
+        finally:
+            file.close()
+
+
+def end_of(items: list[ScannedBatch | Damage], start: int = BLOCK) -> int:
+    """Where the last batch ends; what lies behind it is a torn tail."""
+    ends = [one.end for one in items if isinstance(one, ScannedBatch) or not one.torn]
+    return max(ends, default=start)
