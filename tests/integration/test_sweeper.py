@@ -155,7 +155,8 @@ def test_mail_does_not_wait_for_a_clock_that_was_set_back(scene: SweeperHarness)
         [ClaimRequest(scene.engine.lease.worker, None, {"default": 5})]
     )
     assert isinstance(claims, list)
-    assert len(claims) == 1
+    # The first may be overdue too by now: GRACE is short here.
+    assert ids[2] in [claim.queue_id for claim in claims]
 
 
 def test_mail_that_waits_for_a_route_is_woken_in_due_order_up_to_the_limit(
