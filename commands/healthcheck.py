@@ -28,9 +28,13 @@ class Unhealthy(Exception):
 
 
 def smtp(listen: str) -> str:
-    """Check the first address of a list of `host:port`, and return the banner; raises Unhealthy or
-    OSError."""
-    host, _, port = listen.replace(",", " ").split()[0].rpartition(":")
+    """Check the first address of a list of listeners, and return the banner; raises Unhealthy or
+    OSError. The name of a socket of systemd is no address."""
+    listeners = [each.split("/") for each in listen.replace(",", " ").split()]
+    places = [place for place, *_options in listeners if not place.startswith("systemd:")]
+    if not places:
+        raise Unhealthy(f"{listen} names no address that can be connected to")
+    host, _, port = places[0].rpartition(":")
     # A connection to the address that means all addresses of a host reaches that host.
     address = host.strip("[]") or "localhost", int(port)
     deadline = time.monotonic() + TIMEOUT

@@ -16,6 +16,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
@@ -24,6 +25,8 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from relay.listeners import Listener, parse_listen, parse_listener
+
 type Network = IPv4Network | IPv6Network
 
 PREFIX = "RELAY_"
@@ -31,7 +34,6 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
 _SECONDS = {"ms": 0.001, None: 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE = re.compile(r"(\d+)\s*([KMG]?)i?B?", re.IGNORECASE)
 _FACTOR = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-_LISTEN = re.compile(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^:\[\]\s]*)):(\d{1,5})")
 _PASSWORD = re.compile(r"(?<=password=)[^&\s]+")
 _VALUE = re.compile(r"([?&][^=&?]*=)[^&]*")
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
@@ -61,21 +63,6 @@ def size(text: str) -> int:
     if not match:
         raise ValueError("is not a size: write 64K, 25M or a number of bytes")
     return int(match[1]) * _FACTOR[match[2].upper()]
-
-
-def parse_listen(text: str) -> tuple[str, int]:
-    """`host:port`, `[v6]:port` or `:port` (all addresses) as a pair; raises ValueError."""
-    match = _LISTEN.fullmatch(text)
-    if not match or int(match[3]) > 65535:
-        raise ValueError(
-            f"{text!r} is not an address to listen on: write 127.0.0.1:2525 or [::1]:2525"
-        )
-    return match[1] or match[2], int(match[3])
-
-
-def format_address(host: str, port: int) -> str:
-    """An address as `parse_listen` reads it."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def parse_network(text: str) -> Network:
@@ -150,6 +137,15 @@ def _unless_off(text: str) -> float | None:
     return None if text.strip().lower() in {"", "off", "no", "0"} else seconds(text)
 
 
+def _different(listeners: tuple[Listener, ...]) -> tuple[Listener, ...]:
+    """Refuses an address or a socket that is named twice, whatever the options."""
+    places = [replace(each, tls=False, auth=False, proxy=False) for each in listeners]
+    for place in places:
+        if place.port + len(place.socket_name) and places.count(place) > 1:
+            raise ValueError(f"{place} is named twice")
+    return listeners
+
+
 _WORDS = from_text(_word_list)
 Duration = Annotated[float, from_text(seconds), Field(gt=0)]
 Span = Annotated[float, from_text(seconds), Field(ge=0)]
@@ -158,6 +154,12 @@ Count = Annotated[int, Field(gt=0)]
 Texts = Annotated[tuple[str, ...], NoDecode, _WORDS]
 Listens = Annotated[
     tuple[Annotated[tuple[str, int], from_text(parse_listen)], ...], NoDecode, _WORDS
+]
+Listeners = Annotated[
+    tuple[Annotated[Listener, from_text(parse_listener)], ...],
+    NoDecode,
+    _WORDS,
+    AfterValidator(_different),
 ]
 Networks = Annotated[
     tuple[Annotated[str, _checked(lambda word: word == "connected" or parse_network(word))], ...],
@@ -257,7 +259,7 @@ class Settings(BaseSettings):
 class SmtpdSettings(Settings):
     """The SMTP front end."""
 
-    smtp_listen: Listens = (("127.0.0.1", 2525),)
+    smtp_listen: Listeners = (Listener("127.0.0.1", 2525),)
     publish: str = ""
     client_networks: Networks = ("127.0.0.0/8", "::1")
     recipient_domains: Domains = ()
@@ -269,6 +271,15 @@ class SmtpdSettings(Settings):
     max_connections_per_client: Count = 50
     smtp_timeout: Duration = 300.0
     accept_deadline: Duration = 60.0
+
+    @model_validator(mode="after")
+    def _listeners_have_what_they_need(self) -> Self:
+        for listener in self.smtp_listen:
+            if listener.tls:
+                raise ValueError(f"RELAY_SMTP_LISTEN: {listener} needs a certificate")
+            if listener.proxy:
+                raise ValueError(f"RELAY_SMTP_LISTEN: {listener} needs the networks of proxies")
+        return self
 
 
 class WorkerSettings(Settings):

@@ -9,6 +9,7 @@ import asyncio
 import signal
 from functools import partial
 
+from reception.listeners import SystemdSockets
 from reception.policy import Policy
 from reception.receiver import THREADS, DiskThreads, Receiver
 from reception.spooler_client import SpoolerClient, launcher
@@ -16,7 +17,7 @@ from relay import metrics
 from relay.hints import FRESH, Hints, celery_app
 from relay.log import get_logger
 from relay.routes import Routes
-from relay.settings import SmtpdSettings, format_address
+from relay.settings import SmtpdSettings
 from relay.startup import DurableState, freeze_memory, new_loop, ready
 from smtpd.descriptors import reserve_descriptors
 from smtpd.server import SmtpServer
@@ -70,9 +71,12 @@ async def _serve(
     server = SmtpServer(loop, settings, receiver, policy, size_limit, last_descriptor)
     await spooler.start()
     freeze_memory()
-    addresses = await server.listen(settings.smtp_listen)
+    passed = SystemdSockets()
+    listeners = await server.listen(settings.smtp_listen, passed)
     hints.start()
-    log.info("listening", addresses=[format_address(*address) for address in addresses])
+    log.info("listening", addresses=listeners)
+    if passed.names:
+        log.warning("sockets not used", names=passed.names)
     metrics.SESSIONS_OPEN.set_function(lambda: len(server.connections))
     queue = metrics.QueueMetrics(state.engine, state.spool, hints.lists)
     stop_metrics = metrics.serve(settings, queue)

@@ -24,11 +24,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
+from reception.listeners import SystemdSockets
 from reception.policy import ClientPolicy, Policy
 from reception.receiver import MAX_BUFFERED, Receiver, Reception
 from relay import metrics
+from relay.listeners import Listener
 from relay.log import get_logger
-from relay.settings import SettingsError, SmtpdSettings, format_address
+from relay.settings import SettingsError, SmtpdSettings
 from smtpd.session import (
     DataComplete,
     DataReceived,
@@ -82,38 +84,56 @@ class SmtpServer:
     stopping: bool = False
     next_tick: float = math.inf
     greeting: Greeting = field(init=False)
-    _listeners: list[asyncio.Server] = field(default_factory=list)
-    _sockets: list[socket.socket] = field(default_factory=list)  # open while accepting pauses
+    _servers: list[asyncio.Server] = field(default_factory=list)
+    # These stay open while accepting pauses.
+    _sockets: list[tuple[socket.socket, Listener]] = field(default_factory=list)
     _resuming: asyncio.Task[None] | None = None
     _clock: asyncio.TimerHandle | None = None
     _empty: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def listen(self, addresses: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-        """Listens on these addresses ('' means every one, port 0 any free port); returns those in
-        use. Raises SettingsError that names the address and the setting."""
+    async def listen(
+        self, listeners: Iterable[Listener], passed: SystemdSockets | None = None
+    ) -> list[str]:
+        """Listens on these addresses ('' means every one, port 0 any free port) and on the sockets
+        of systemd; returns what is in use, as it is written in the setting. Raises SettingsError
+        that names the listener and the setting."""
         self._set_size_limit()
-        for host, port in addresses:
+        for listener in listeners:
             try:
-                listener = await self.loop.create_server(
-                    partial(SmtpConnection, self), host or None, port, backlog=LISTEN_BACKLOG
-                )
-            except OSError as error:
+                await self._open(listener, passed)
+            except (OSError, SettingsError) as error:
                 await self.stop(0.0)
-                reason = os.strerror(error.errno) if error.errno else str(error)
+                errno = error.errno if isinstance(error, OSError) else None
+                reason = os.strerror(errno) if errno else str(error)
                 raise SettingsError(
-                    f"cannot listen on {format_address(host, port)}: {reason};"
-                    " RELAY_SMTP_LISTEN sets the address"
+                    f"cannot listen on {listener}: {reason}; RELAY_SMTP_LISTEN sets the address"
                 ) from error
-            self._listeners.append(listener)
-            self._sockets += [socket.socket(fileno=os.dup(s.fileno())) for s in listener.sockets]
         self.tick()
-        return [listening.getsockname()[:2] for listening in self._sockets]
+        return [listener.at(*each.getsockname()[:2]) for each, listener in self._sockets]
+
+    async def _open(self, listener: Listener, passed: SystemdSockets | None) -> None:
+        connect = partial(SmtpConnection, self, listener)
+        if listener.socket_name:
+            sockets = (passed or SystemdSockets({})).take(listener.socket_name)
+            opened = [
+                await self.loop.create_server(connect, sock=each, backlog=LISTEN_BACKLOG)
+                for each in sockets
+            ]
+        else:
+            host, port = listener.host or None, listener.port
+            opened = [await self.loop.create_server(connect, host, port, backlog=LISTEN_BACKLOG)]
+        self._servers += opened
+        self._sockets += [
+            (socket.socket(fileno=os.dup(each.fileno())), listener)
+            for server in opened
+            for each in server.sockets
+        ]
 
     async def stop(self, drain: float) -> None:
         """Ends every session. Transactions in progress have `drain` seconds to finish."""
         self.stopping = True
         self._close_listeners()
-        for listening in self._sockets:
+        for listening, _ in self._sockets:
             listening.close()
         for connection in tuple(self.connections):
             connection.stop(idle=True)
@@ -163,36 +183,38 @@ class SmtpServer:
     def pause(self) -> None:
         """Accepts no more until descriptors are free. Clients wait in the listen queue of the
         kernel, because the sockets stay open."""
-        if self._listeners and not self.stopping:
+        if self._servers and not self.stopping:
             self._close_listeners()
             log.warning("accepting paused", sessions=len(self.connections))
 
     async def _resume(self) -> None:
         """Accepts again if descriptors are free. A new descriptor shows that, because it has the
         lowest free number."""
-        with suppress(OSError), self._sockets[0].dup() as lowest:
+        with suppress(OSError), self._sockets[0][0].dup() as lowest:
             if lowest.fileno() + len(self._sockets) > self.last_descriptor:
                 return
-            for listening in self._sockets:
-                listener = await self.loop.create_server(
-                    partial(SmtpConnection, self), sock=listening.dup(), backlog=LISTEN_BACKLOG
+            for listening, listener in self._sockets:
+                connect = partial(SmtpConnection, self, listener)
+                self._servers.append(
+                    await self.loop.create_server(
+                        connect, sock=listening.dup(), backlog=LISTEN_BACKLOG
+                    )
                 )
-                self._listeners.append(listener)
         if self.stopping:
             self._close_listeners()
         else:
             log.info("accepting resumed", sessions=len(self.connections))
 
     def _close_listeners(self) -> None:
-        for listener in self._listeners:
-            listener.close()
-        self._listeners.clear()
+        for server in self._servers:
+            server.close()
+        self._servers.clear()
 
     def tick(self) -> None:
         """The clock: once a second, or more often for short timeouts."""
         now = time.monotonic()
         self._set_size_limit()
-        if not self._listeners and not self.stopping:
+        if not self._servers and not self.stopping:
             self._resuming = self.loop.create_task(self._resume())
         late = now > self.next_tick + LATE_TICK
         pause = min(1.0, self.settings.smtp_timeout / 4, self.settings.accept_deadline / 4)
@@ -219,8 +241,9 @@ class SmtpServer:
 class SmtpConnection(asyncio.Protocol):
     """One client's connection."""
 
-    def __init__(self, server: SmtpServer) -> None:
+    def __init__(self, server: SmtpServer, listener: Listener) -> None:
         self._server = server
+        self._listener = listener
         self.reception: Reception | None = None
         self.reading_paused = False
         self.deadline = 0.0  # of the client's silence, or of the last reply (monotonic)
@@ -239,6 +262,7 @@ class SmtpConnection(asyncio.Protocol):
         metrics.SESSIONS.inc()
         self._extend()
         self.session = Session(server.greeting, self.client)
+        self.session.auth_required = self._listener.auth
         log.debug("connection", client=self.client.address)
         if not peer:
             self.session.close()

@@ -121,6 +121,8 @@ class Session:
         self._skipping = False  # the rest of a line that was too long
         self._client_name = ""
         self._protocol = "SMTP"
+        self.auth_required = False  # nobody sends mail without authentication
+        self.user: str | None = None  # that the client has authenticated as
         self.envelope: Envelope | None = None  # of the open transaction
         self._positions: dict[str, int] = {}  # of a mailbox among the recipients
         self._content: Content | None = None
@@ -334,6 +336,8 @@ class Session:
         self._replies.append(reply)
 
     def _mail(self, argument: bytes) -> None:
+        if self.auth_required and self.user is None:
+            raise Refused("530 5.7.0 Authentication required")
         trusted = self.client.trusted
         sender, parameters = parse_sender(argument, self.greeting.hostname, trusted=trusted)
         size = int(parameters.get(b"SIZE", "0"))

@@ -29,11 +29,11 @@ import typer
 from commands.errors import WRONG_USE, CommandError
 from commands.standalone import valkey
 from commands.standalone.supervisor import Child
+from relay.listeners import Listener, format_address
 from relay.log import configure, get_logger
 from relay.settings import (
     SmtpdSettings,
     WorkerSettings,
-    format_address,
     load,
     redacted,
     unknown_names,
@@ -119,9 +119,9 @@ class Stack:
         return child
 
     async def _announce(self) -> None:
-        address = self.smtpd.smtp_listen[0]
-        if not await _until(lambda: smtp_answers(*_reachable(*address)), 60):
-            log.error("smtpd not ready", address=format_address(*address))
+        listener = self.smtpd.smtp_listen[0]
+        if not await _until(lambda: smtp_answers(*_reachable(listener)), 60):
+            log.error("smtpd not ready", address=str(listener))
         typer.echo(banner(self))
 
     async def _start_valkey(self, tasks: asyncio.TaskGroup) -> None:
@@ -216,9 +216,13 @@ def _locked(state_dir: Path) -> Iterator[None]:
         yield
 
 
-def _refuse_taken(addresses: Iterable[tuple[str, int]], setting: str) -> None:
+def _refuse_taken(listeners: Iterable[Listener], setting: str) -> None:
     """Raise CommandError for an address that cannot be listened on."""
-    for host, port in addresses:
+    for listener in listeners:
+        host, port = listener.host, listener.port
+        if listener.socket_name:
+            text = "systemd passes its sockets to one process: run `qmqp-relay smtpd` in its unit"
+            raise CommandError(WRONG_USE, f"{setting} = {listener}: {text}")
         # The children of an `up` that was just killed may not have ended yet.
         deadline = time.monotonic() + 1
         while error := _bind_error(host, port):
@@ -267,12 +271,13 @@ def smtp_answers(host: str, port: int) -> bool:
     return False
 
 
-def _reachable(host: str, port: int) -> tuple[str, int]:
+def _reachable(listener: Listener) -> tuple[str, int]:
     """The address at which a client of this machine reaches a listener, also one that listens on
     all addresses."""
+    host = listener.host
     if host.strip("0.:"):
-        return host, port
-    return "::1" if ":" in host else "127.0.0.1", port
+        return host, listener.port
+    return "::1" if ":" in host else "127.0.0.1", listener.port
 
 
 def _short(path: str | Path) -> str:
@@ -282,7 +287,7 @@ def _short(path: str | Path) -> str:
 
 def banner(stack: Stack) -> str:
     """What listens where, and which commands to try."""
-    url = format_address(*_reachable(*stack.smtpd.smtp_listen[0]))
+    url = format_address(*_reachable(stack.smtpd.smtp_listen[0]))
     database = stack.smtpd.database_url
     servers = " ".join(stack.worker.qmqp_servers)
     demo = ""
@@ -295,7 +300,7 @@ def banner(stack: Stack) -> str:
             "drop-reply@ gets no reply, and any other is accepted.\n"
         )
     facts = {
-        "SMTP": " ".join(format_address(*address) for address in stack.smtpd.smtp_listen),
+        "SMTP": " ".join(map(str, stack.smtpd.smtp_listen)),
         "QMQP": servers or "no server yet: mail waits until RELAY_QMQP_SERVERS names one",
         "database": redacted(database),
         "broker": redacted(valkey.url(stack.smtpd) or stack.smtpd.broker_url),

@@ -14,6 +14,7 @@ from qmqp.client import SendOutcome
 from reception.policy import Policy
 from reception.spooler_client import SpoolerClient
 from relay import routes as module
+from relay.listeners import Listener, parse_listen
 from relay.routes import Route, Routes
 from relay.settings import SmtpdSettings, load
 from smtpd.main import offered_size
@@ -71,7 +72,8 @@ def test_C13_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyP
             policy,
             lambda: offered_size(settings.max_message_size, routes),
         )
-        [(_, port)] = await server.listen([("127.0.0.1", 0)])
+        [address] = await server.listen([Listener("127.0.0.1", 0)])
+        port = parse_listen(address)[1]
         hello, big, fits = await say(
             port,
             "EHLO client",

@@ -39,6 +39,7 @@ from reception.space import MIN_FREE
 from reception.spooler import Spooler
 from reception.spooler_client import SpoolerClient
 from relay.db.engine import connect, reading, writing
+from relay.listeners import Listener, parse_listen
 from relay.queue.accept import NewMessage
 from relay.settings import SettingsError, SmtpdSettings, load
 from relay.spool.store import BodyWriter, Spool
@@ -105,7 +106,8 @@ class ServerHarness:
             Policy(self.settings),
             lambda: self.settings.max_message_size,
         )
-        [(self.host, self.port)] = await self.server.listen([("127.0.0.1", 0)])
+        [address] = await self.server.listen([Listener("127.0.0.1", 0)])
+        self.host, self.port = parse_listen(address)
         self._ready.set()
         await self._stop.wait()
         await self.server.stop(self.drain)
@@ -1061,7 +1063,7 @@ def test_stopping_does_not_wait_for_ever(run: Callable[..., ServerHarness]) -> N
 def test_a_taken_port_names_the_address_and_the_setting(run: Callable[..., ServerHarness]) -> None:
     running = run()
     listening = asyncio.run_coroutine_threadsafe(
-        running.server.listen([(running.host, running.port)]), running.loop
+        running.server.listen([Listener(running.host, running.port)]), running.loop
     )
     with pytest.raises(SettingsError, match=rf"{running.host}:{running.port}.*RELAY_SMTP_LISTEN"):
         listening.result(10)

@@ -239,6 +239,14 @@ def test_a_message_with_its_envelope() -> None:
     assert dialogue.session.idle
 
 
+def test_nobody_sends_mail_without_authentication_where_it_is_required() -> None:
+    dialogue = Dialogue(trusted=True)
+    dialogue.session.auth_required = True
+    assert codes(dialogue.send(EHLO, MAIL, RCPT)) == [b"250 DSN", b"530 5.7.0", b"503 5.5.1"]
+    dialogue.session.user = "ann"
+    assert codes(dialogue.send(MAIL, RCPT)) == [b"250 2.1.0", b"250 2.1.5"]
+
+
 def test_helo_is_plain_smtp() -> None:
     dialogue = Dialogue()
     dialogue.send(b"HELO client\r\n", MAIL, RCPT, DATA)
