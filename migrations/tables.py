@@ -79,6 +79,7 @@ messages = Table(
         comment="how much of the original a DSN encloses: full, header or none;"
         " empty for other mail",
     ),
+    Column("tls", Text, comment="protocol and cipher of the SMTP connection; empty: plain text"),
     Index("messages_sender", "sender", postgresql_ops={"sender": "text_pattern_ops"}),
     Index(None, "header_message_id"),
     comment="accepted messages; rows are never changed",
@@ -367,6 +368,7 @@ _RECIPIENT_COLUMNS: dict[str, str] = {
     "protocol": "RFC 3848 keyword, such as ESMTP",
     "header_message_id": "Message-ID of the header",
     "dsn_of": "queue id of the message that this DSN is about; empty for other mail",
+    "tls": "protocol and cipher of the SMTP connection; empty: plain text",
 }
 VIEW_COLUMNS = {
     "mail_queue": _RECIPIENT_COLUMNS,

@@ -7,6 +7,7 @@ stores them.
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 
 class Refused(Exception):
@@ -54,10 +55,23 @@ class Recipient:
         return replace(self, notify=notify, orcpt=self.orcpt or repeat.orcpt)
 
 
+class TlsState(NamedTuple):
+    """What a TLS handshake settled. `subject` is that of a client certificate that
+    RELAY_TLS_CLIENT_CA has signed, None without one."""
+
+    protocol: str
+    cipher: str
+    subject: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.protocol} {self.cipher}"
+
+
 @dataclass(slots=True)
 class Envelope:
     """One transaction, `started` at this time (monotonic): `sender` is '' if it is null,
-    `parameters` are those of MAIL, and `protocol` is the keyword of the trace field (RFC 3848)."""
+    `parameters` are those of MAIL, and `protocol` is the keyword of the trace field (RFC 3848).
+    `tls` is protocol and cipher of the connection, `auth_user` the authenticated user, if any."""
 
     sender: str
     parameters: Mapping[bytes, str]
@@ -65,3 +79,5 @@ class Envelope:
     protocol: str
     recipients: list[Recipient] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+    tls: str | None = None
+    auth_user: str | None = None

@@ -19,6 +19,7 @@ import psutil
 
 from reception.envelope import Recipient, Refused
 from reception.space import FreeSpace, SpaceClaim
+from relay.listeners import is_loopback
 from relay.settings import Network, SettingsError, SmtpdSettings, parse_network
 
 IPV6_PREFIX = 64
@@ -155,8 +156,4 @@ def network_of(address: IPv4Address | IPv6Address) -> str:
 def _is_loopback(publish: str) -> bool:
     """Parses a published port as compose writes it: `127.0.0.1:2525`, `[::1]:2525`, or `2525`,
     which means every address."""
-    host = publish.rpartition(":")[0].strip("[]")
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback(publish.rpartition(":")[0].strip("[]"))

@@ -12,6 +12,7 @@ lacked its TLS, or that took every peer for a proxy, would be worse than none.
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 OPTIONS = ("tls", "auth", "proxy")
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^:\[\]\s/]*)):(\d{1,5})")
@@ -31,6 +32,14 @@ def parse_listen(text: str) -> tuple[str, int]:
 def format_address(host: str, port: int) -> str:
     """An address as `parse_listen` reads it."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address; '' means every address."""
+    try:
+        return host == "localhost" or ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,6 +246,9 @@ class Settings(BaseSettings):
     ] = ()
     web_listen: Listens = (("127.0.0.1", 8025),)
     health_file: Path | None = None
+    tls_certificate: AbsolutePath | None = None
+    tls_key: AbsolutePath | None = None
+    tls_minimum: Literal["1.2", "1.3"] = "1.2"
 
     session_timeout: Duration = 3600.0
     drain_timeout: Duration = 30.0
@@ -254,6 +257,12 @@ class Settings(BaseSettings):
     @classmethod
     def _with_files(cls, values: dict[str, Any]) -> dict[str, Any]:
         return {**_from_files(), **values}
+
+    @model_validator(mode="after")
+    def _key_has_a_certificate(self) -> Self:
+        if self.tls_key and not self.tls_certificate:
+            raise ValueError("RELAY_TLS_KEY needs RELAY_TLS_CERTIFICATE, the chain of this key")
+        return self
 
 
 class SmtpdSettings(Settings):
@@ -271,12 +280,18 @@ class SmtpdSettings(Settings):
     max_connections_per_client: Count = 50
     smtp_timeout: Duration = 300.0
     accept_deadline: Duration = 60.0
+    tls_client_ca: AbsolutePath | None = None
 
     @model_validator(mode="after")
     def _listeners_have_what_they_need(self) -> Self:
+        if self.tls_client_ca and not self.tls_certificate:
+            raise ValueError("RELAY_TLS_CLIENT_CA needs RELAY_TLS_CERTIFICATE")
         for listener in self.smtp_listen:
-            if listener.tls:
-                raise ValueError(f"RELAY_SMTP_LISTEN: {listener} needs a certificate")
+            if listener.tls and not self.tls_certificate:
+                raise ValueError(
+                    f"RELAY_SMTP_LISTEN: {listener} needs a certificate: set RELAY_TLS_CERTIFICATE"
+                    " and RELAY_TLS_KEY"
+                )
             if listener.proxy:
                 raise ValueError(f"RELAY_SMTP_LISTEN: {listener} needs the networks of proxies")
         return self

@@ -19,6 +19,7 @@ from relay.log import get_logger
 from relay.routes import Routes
 from relay.settings import SmtpdSettings
 from relay.startup import DurableState, freeze_memory, new_loop, ready
+from relay.tls import CertificatePair, certificate_pair
 from smtpd.descriptors import reserve_descriptors
 from smtpd.server import SmtpServer
 
@@ -42,24 +43,35 @@ def offered_size(limit: int, routes: Routes) -> int:
 def run(settings: SmtpdSettings) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit status.
 
-    Raises SettingsError, SpoolerError, and the errors of `ready`.
+    Raises SettingsError, SpoolerError, and the errors of `ready`. SIGHUP reads the certificate
+    again.
     """
     policy = Policy(settings)
     routes = Routes.load(settings)
+    certificate = certificate_pair(settings, settings.tls_client_ca)
     state = ready(settings)
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(_serve(settings, policy, routes, state))
+        runner.run(_serve(settings, policy, routes, state, certificate))
     state.engine.dispose()
     return 0
 
 
+def _ignore() -> None:
+    """SIGHUP ends nothing; without a certificate there is nothing to read again."""
+
+
 async def _serve(
-    settings: SmtpdSettings, policy: Policy, routes: Routes, state: DurableState
+    settings: SmtpdSettings,
+    policy: Policy,
+    routes: Routes,
+    state: DurableState,
+    certificate: CertificatePair | None,
 ) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, certificate.reload if certificate else _ignore)
     hints = Hints(celery_app(settings), FRESH, settings.batch_size)
     spooler = SpoolerClient(launcher(settings, state.spool), hints.offer)
     threads = DiskThreads(THREADS)
@@ -68,7 +80,7 @@ async def _serve(
         state.spool, spooler, routes.route_for, settings, threads, asyncio.Semaphore(bodies)
     )
     size_limit = partial(offered_size, settings.max_message_size, routes)
-    server = SmtpServer(loop, settings, receiver, policy, size_limit, last_descriptor)
+    server = SmtpServer(loop, settings, receiver, policy, size_limit, last_descriptor, certificate)
     await spooler.start()
     freeze_memory()
     passed = SystemdSockets()
@@ -79,7 +91,9 @@ async def _serve(
         log.warning("sockets not used", names=passed.names)
     metrics.SESSIONS_OPEN.set_function(lambda: len(server.connections))
     queue = metrics.QueueMetrics(state.engine, state.spool, hints.lists)
-    stop_metrics = metrics.serve(settings, queue)
+    stop_metrics = metrics.serve(
+        settings, queue, tls_context=(lambda: certificate.context) if certificate else None
+    )
     await stop.wait()
     stop_metrics()
     log.info("stopping", sessions=len(server.connections))

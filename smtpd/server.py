@@ -20,10 +20,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
+from reception.envelope import TlsState
+from reception.handshake import handshake, handshake_fault
 from reception.listeners import SystemdSockets
 from reception.policy import ClientPolicy, Policy
 from reception.receiver import MAX_BUFFERED, Receiver, Reception
@@ -31,6 +33,7 @@ from relay import metrics
 from relay.listeners import Listener
 from relay.log import get_logger
 from relay.settings import SettingsError, SmtpdSettings
+from relay.tls import CertificatePair
 from smtpd.session import (
     DataComplete,
     DataReceived,
@@ -40,6 +43,7 @@ from smtpd.session import (
     Refusal,
     Session,
     SessionState,
+    TlsRequested,
 )
 
 LISTEN_BACKLOG = 1024
@@ -77,6 +81,7 @@ class SmtpServer:
     policy: Policy
     size_limit: Callable[[], int]
     last_descriptor: float = math.inf
+    certificate: CertificatePair | None = None
     connections: "set[SmtpConnection]" = field(default_factory=set)
     clients: Counter[str] = field(default_factory=Counter)  # admitted connections by network
     admitted: int = 0
@@ -214,6 +219,8 @@ class SmtpServer:
         """The clock: once a second, or more often for short timeouts."""
         now = time.monotonic()
         self._set_size_limit()
+        if self.certificate is not None:
+            self.certificate.refresh()
         if not self._servers and not self.stopping:
             self._resuming = self.loop.create_task(self._resume())
         late = now > self.next_tick + LATE_TICK
@@ -228,7 +235,9 @@ class SmtpServer:
 
     def _set_size_limit(self) -> None:
         """Open sessions keep the limit that they were offered."""
-        self.greeting = Greeting(self.settings.hostname, self.size_limit())
+        self.greeting = Greeting(
+            self.settings.hostname, self.size_limit(), self.certificate is not None
+        )
 
     def check_deadlines(self, now: float) -> None:
         """Ends connections and requests that were overdue at the tick, `now`, and still are."""
@@ -251,6 +260,7 @@ class SmtpConnection(asyncio.Protocol):
         self.window_started = 0.0
         self._admitted: ClientPolicy | None = None
         self._turn: asyncio.Handle | None = None  # the session's next one
+        self._handshake: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport = cast(asyncio.Transport, transport)
@@ -261,8 +271,7 @@ class SmtpConnection(asyncio.Protocol):
         server.connections.add(self)
         metrics.SESSIONS.inc()
         self._extend()
-        self.session = Session(server.greeting, self.client)
-        self.session.auth_required = self._listener.auth
+        self._new_session(None)
         log.debug("connection", client=self.client.address)
         if not peer:
             self.session.close()
@@ -273,14 +282,67 @@ class SmtpConnection(asyncio.Protocol):
             server.pause()
         refusal = server.admit(self.client)
         if refusal is not None:
-            self._refuse(refusal)
+            self._refuse(refusal, silently=self._listener.tls)
             return
         self._admitted = self.client
+        if self._listener.tls:
+            self._begin_handshake()
+        else:
+            self._send_banner()
+
+    def _new_session(self, tls: TlsState | None) -> None:
+        self.session = Session(self._server.greeting, self.client, tls)
+        self.session.auth_required = self._listener.auth
+
+    def _send_banner(self) -> None:
         # A session that has not started refuses input that came before the banner. FIONREAD says
         # how many octets wait, and reads none.
+        if self.session.state is not SessionState.PRE_BANNER:
+            return
+        connection = self.transport.get_extra_info("socket")
         if fcntl.ioctl(connection.fileno(), termios.FIONREAD, bytes(4)) == bytes(4):
             self.session.start()
-            transport.write(self.session.replies())
+            self.transport.write(self.session.replies())
+
+    def _begin_handshake(self) -> None:
+        """Begins TLS. Until it is done nothing is read here, and the handshake has a time limit of
+        its own. The task starts at once: in the next turn of the loop octets of the handshake could
+        have been read as commands."""
+        implicit = self.session.state is SessionState.PRE_BANNER
+        self.session.state = SessionState.HANDSHAKE
+        self.deadline = math.inf
+        self.reading_paused = False
+        self._handshake = asyncio.Task(
+            self._secure(implicit=implicit), loop=self._server.loop, eager_start=True
+        )
+
+    async def _secure(self, *, implicit: bool) -> None:
+        server = self._server
+        assert server.certificate is not None
+        try:
+            context = server.certificate.context
+            secure = await handshake(server.loop, self.transport, context)
+        except OSError as error:
+            metrics.HANDSHAKES.labels("failed").inc()
+            log.info("handshake failed", client=self.client.address, reason=handshake_fault(error))
+            self.connection_lost(error)
+            return
+        metrics.HANDSHAKES.labels(secure.state.protocol).inc()
+        self.transport = secure.transport
+        self.transport.set_protocol(self)
+        if secure.state.subject is not None:
+            self.client = replace(self.client, trusted=True)
+        self._extend()
+        self._new_session(secure.state)
+        if server.stopping:
+            self._refuse(_STOPPING)
+        elif not implicit:
+            self.session.start_again()
+        elif not secure.early:
+            # uvloop delivers what came with the end of the handshake before this call.
+            server.loop.call_soon(self._send_banner)
+        if secure.early:
+            self.data_received(secure.early)
 
     def data_received(self, data: bytes) -> None:
         if self.session.closed:
@@ -294,8 +356,9 @@ class SmtpConnection(asyncio.Protocol):
         self._handle(events)
 
     def eof_received(self) -> bool:
-        # If QUIT waits behind a message the client has finished and may still read.
-        return self.session.quit_pending
+        # If QUIT waits behind a message the client has finished and may still read. TLS has no
+        # half of a connection.
+        return self.session.quit_pending and self.session.tls is None
 
     def connection_lost(self, error: Exception | None) -> None:
         self.session.close()
@@ -345,6 +408,9 @@ class SmtpConnection(asyncio.Protocol):
 
     def stop(self, *, idle: bool = False) -> None:
         """Ends the session, with `idle` only if no transaction is open."""
+        if self.session.state is SessionState.HANDSHAKE:
+            self.transport.abort()
+            return
         if idle and not self.session.idle:
             return
         if self.reception is not None and self.reception.deadline is not None:
@@ -386,6 +452,8 @@ class SmtpConnection(asyncio.Protocol):
                         session.refuse_content()
                 case DataComplete() if self.reception is not None:
                     self.reception.complete(event.header_message_id)
+                case TlsRequested():
+                    self._begin_handshake()
                 case Refusal(reply):
                     self._cancel()
                     metrics.refused(reply)
@@ -414,9 +482,9 @@ class SmtpConnection(asyncio.Protocol):
         self._extend()
         self._handle(self.session.reply(reply))
 
-    def _refuse(self, reply: str) -> None:
-        """Closes the connection with a reply."""
-        self.session.close(reply)
+    def _refuse(self, reply: str, *, silently: bool = False) -> None:
+        """Closes the connection with a reply, or without one where the client expects TLS."""
+        self.session.close(*(() if silently else (reply,)))
         self._handle([Refusal(reply)])
 
     def _cancel(self) -> None:

@@ -37,6 +37,7 @@ from relay.routes import Routes, parse_server
 from relay.settings import SettingsError, WorkerSettings, load
 from relay.spool.store import SpoolError
 from relay.startup import freeze_memory, ready
+from relay.tls import metrics_context
 from worker.circuit_breaker import ServerPool
 from worker.cleaner import Cleaner
 from worker.consumer import LARGEST
@@ -118,7 +119,8 @@ class WorkerProcess:
         self.engine.start()
         for part in parts:
             part.start()
-        metrics.serve(settings, metrics.QueueMetrics(state.engine, state.spool, hints.lists))
+        reported = metrics.QueueMetrics(state.engine, state.spool, hints.lists)
+        metrics.serve(settings, reported, tls_context=metrics_context(settings))
         threading.Thread(
             target=self._drain, args=(self.engine, parts), name="end", daemon=True
         ).start()

@@ -4,7 +4,8 @@
 RELAY_BROKER_URL names a broker), the migrations, the sink with `--demo`, `smtpd` and a worker. Each
 process logs to this terminal and is restarted when it crashes. One that exits for a bad setting or
 a port in use ends `up`, because a restart would fail too. The first Ctrl-C stops the processes in
-the order in which a message passes them, so that the queue drains; the second kills them.
+the order in which a message passes them, so that the queue drains; the second kills them. SIGHUP
+goes to smtpd, which reads its certificate again; it stops all if the terminal has been closed.
 
 What must stay true: no process starts that cannot run beside what already runs; the files of a
 killed `up` never hinder the next; without a broker all mail is delivered, so a Valkey that does not
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import typer
 
+from commands import healthcheck
 from commands.errors import WRONG_USE, CommandError
 from commands.standalone import valkey
 from commands.standalone.supervisor import Child
@@ -111,6 +113,11 @@ class Stack:
         for child in self.children.values():
             child.signal(signal.SIGKILL)
 
+    def reload(self) -> None:
+        """Pass SIGHUP on to smtpd."""
+        if "smtpd" in self.children:
+            self.children["smtpd"].signal(signal.SIGHUP)
+
     def _child(
         self, name: str, *options: str, stop_timeout: float, program: list[str] | None = None
     ) -> Child:
@@ -119,9 +126,9 @@ class Stack:
         return child
 
     async def _announce(self) -> None:
-        listener = self.smtpd.smtp_listen[0]
-        if not await _until(lambda: smtp_answers(*_reachable(listener)), 60):
-            log.error("smtpd not ready", address=str(listener))
+        listen = str(self.smtpd.smtp_listen[0])
+        if not await _until(lambda: _smtpd_answers(listen), 60):
+            log.error("smtpd not ready", address=listen)
         typer.echo(banner(self))
 
     async def _start_valkey(self, tasks: asyncio.TaskGroup) -> None:
@@ -176,9 +183,17 @@ async def _supervise(stack: Stack) -> None:
         elif time.monotonic() > first + ONE_SIGNAL:
             stack.kill()
 
+    on_terminal = os.isatty(sys.stderr.fileno())
+
+    def on_hangup() -> None:
+        if on_terminal and not os.isatty(sys.stderr.fileno()):
+            on_signal()
+        else:
+            stack.reload()
+
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
-        loop.add_signal_handler(number, on_signal)
+        loop.add_signal_handler(number, on_hangup if number == signal.SIGHUP else on_signal)
     try:
         with contextlib.suppress(asyncio.CancelledError):
             await running
@@ -269,6 +284,15 @@ def smtp_answers(host: str, port: int) -> bool:
     with contextlib.suppress(OSError), smtplib.SMTP(host, port, timeout=5):  # 220, then QUIT
         return True
     return False
+
+
+def _smtpd_answers(listen: str) -> bool:
+    """Whether smtpd answers at this listener, with whatever options it has."""
+    try:
+        healthcheck.smtp(listen)
+    except (healthcheck.Unhealthy, OSError):
+        return False
+    return True
 
 
 def _reachable(listener: Listener) -> tuple[str, int]:

@@ -5,13 +5,13 @@
 -- same batch may run again and then changes nothing.
 WITH m AS (
     INSERT INTO messages (id, received_at, sender, size, client_address, helo, protocol, auth_user,
-        header_message_id, body_type, ret, envid, dsn_of, client_trusted, dsn_content)
+        header_message_id, body_type, ret, envid, dsn_of, client_trusted, dsn_content, tls)
     SELECT id, now(), sender, size, client_address, helo, protocol, auth_user,
-        header_message_id, body_type, ret, envid, dsn_of, client_trusted, dsn_content
+        header_message_id, body_type, ret, envid, dsn_of, client_trusted, dsn_content, tls
     FROM json_to_recordset(CAST(:messages AS json)) AS x(
         id uuid, sender text, size bigint, client_address text, helo text, protocol text,
         auth_user text, header_message_id text, body_type text, ret text, envid text, dsn_of uuid,
-        client_trusted boolean, dsn_content text)
+        client_trusted boolean, dsn_content text, tls text)
     ON CONFLICT DO NOTHING
 ), r AS (
     INSERT INTO recipients (queue_id, position, address, delivery, notify, orcpt)

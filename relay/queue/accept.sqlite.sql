@@ -5,12 +5,12 @@
 -- same batch may run again and then changes nothing. `WHERE true` keeps SQLite from reading ON
 -- CONFLICT as the condition of a join.
 INSERT INTO messages (id, received_at, sender, size, client_address, helo, protocol, auth_user,
-    header_message_id, body_type, ret, envid, dsn_of, client_trusted, dsn_content)
+    header_message_id, body_type, ret, envid, dsn_of, client_trusted, dsn_content, tls)
 SELECT value ->> '$.id', (SELECT now FROM clock), value ->> '$.sender', value ->> '$.size',
     value ->> '$.client_address', value ->> '$.helo', value ->> '$.protocol',
     value ->> '$.auth_user', value ->> '$.header_message_id', value ->> '$.body_type',
     value ->> '$.ret', value ->> '$.envid', value ->> '$.dsn_of', value ->> '$.client_trusted',
-    value ->> '$.dsn_content'
+    value ->> '$.dsn_content', value ->> '$.tls'
 FROM json_each(:messages) WHERE true
 ON CONFLICT DO NOTHING;
 INSERT INTO recipients (queue_id, position, address, delivery, notify, orcpt)

@@ -23,7 +23,7 @@ LIMIT 5;
 -- name: message
 SELECT replace(id, '-', '') AS queue_id, sender, size, received_at, client_address, helo, protocol,
        auth_user, header_message_id, body_type, ret, envid, replace(dsn_of, '-', '') AS dsn_of,
-       dsn_content
+       dsn_content, tls
 FROM messages
 WHERE id = :id;
 

@@ -78,6 +78,7 @@ class MessageRow:
     envid: str | None
     dsn_of: str | None
     dsn_content: str | None
+    tls: str | None
     recipients: list[RecipientRow]
     deliveries: list[DeliveryRow]
     attempts: list[AttemptRow]

@@ -43,6 +43,7 @@ from relay.listeners import Listener, parse_listen
 from relay.queue.accept import NewMessage
 from relay.settings import SettingsError, SmtpdSettings, load
 from relay.spool.store import BodyWriter, Spool
+from relay.tls import certificate_pair
 from smtpd.server import LATE_TICK, SmtpConnection, SmtpServer
 from smtpd.session import ENDLESS
 from tests.postfix import PostfixClient
@@ -72,11 +73,20 @@ class FakeDatabase:
 class ServerHarness:
     """A server in a thread."""
 
-    def __init__(self, spool: Spool, settings: SmtpdSettings, bodies_at_once: int) -> None:
+    def __init__(
+        self,
+        spool: Spool,
+        settings: SmtpdSettings,
+        bodies_at_once: int,
+        listener: Listener = Listener("127.0.0.1", 0),  # noqa: B008 - it is immutable
+        new_loop: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
+    ) -> None:
         self.spool, self.settings, self.bodies_at_once = spool, settings, bodies_at_once
+        self.listener = listener
+        self.certificate = certificate_pair(settings, settings.tls_client_ca)
         self.database = FakeDatabase()
         self.hints: list[str] = []
-        self.loop = uvloop.new_event_loop()
+        self.loop = new_loop()
         self._ready, self._stop = threading.Event(), asyncio.Event()
         self.drain = 0.0
         self._thread = threading.Thread(target=self._run)
@@ -105,9 +115,10 @@ class ServerHarness:
             self.receiver,
             Policy(self.settings),
             lambda: self.settings.max_message_size,
+            certificate=self.certificate,
         )
-        [address] = await self.server.listen([Listener("127.0.0.1", 0)])
-        self.host, self.port = parse_listen(address)
+        [address] = await self.server.listen([self.listener])
+        self.host, self.port = parse_listen(address.partition("/")[0])
         self._ready.set()
         await self._stop.wait()
         await self.server.stop(self.drain)
@@ -192,6 +203,7 @@ def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., ServerHarness]]:
     running: list[ServerHarness] = []
 
     def start(bodies_at_once: int = 100, **settings: Any) -> ServerHarness:
+        how = {name: settings.pop(name) for name in ("listener", "new_loop") if name in settings}
         made = load(
             SmtpdSettings,
             state_dir=tmp_path,
@@ -199,7 +211,7 @@ def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., ServerHarness]]:
             hostname="relay.example",
             **settings,
         )
-        running.append(ServerHarness(spool, made, bodies_at_once))
+        running.append(ServerHarness(spool, made, bodies_at_once, **how))
         return running[-1]
 
     yield start
