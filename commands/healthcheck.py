@@ -35,13 +35,16 @@ def smtp(listen: str) -> str:
     listeners = [each for each in listeners if not each[0].startswith("systemd:")]
     if not listeners:
         raise Unhealthy(f"{listen} names no address that can be connected to")
-    place, *options = listeners[0]
+    # A listener behind a proxy accepts the check only from RELAY_PROXY_NETWORKS.
+    place, *options = min(listeners, key=lambda each: "proxy" in each)
     host, _, port = place.rpartition(":")
     # A connection to the address that means all addresses of a host reaches that host.
     address = host.strip("[]") or "localhost", int(port)
     deadline = time.monotonic() + TIMEOUT
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(socket.create_connection(address, TIMEOUT))
+        if "proxy" in options:
+            client.sendall(b"PROXY UNKNOWN\r\n")
         if "tls" in options:
             client = stack.enter_context(_over_tls(client))
         banner = _reply(client, deadline)

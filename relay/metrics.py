@@ -60,6 +60,9 @@ GROUP_COMMIT_SIZE = Histogram(
 GROUP_COMMIT_SECONDS = Histogram(
     "relay_group_commit_seconds", "duration of this transaction", ["writer"], buckets=_QUICK
 )
+PROXY_REFUSALS = Counter(
+    "relay_proxy_refusals", "connections to a /proxy listener without a header from a proxy"
+)
 HANDSHAKES = Counter(
     "relay_tls_handshakes", "TLS handshakes of clients, by protocol, or failed", ["result"]
 )

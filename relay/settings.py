@@ -114,6 +114,13 @@ def _is_pattern(text: str) -> bool:
     return True
 
 
+def _is_proxy_network(text: str) -> bool:
+    """`connected` would trust the header of every client that comes through a published port."""
+    if text == "connected":
+        raise ValueError("'connected' names no proxy: write its address, or its network")
+    return bool(parse_network(text))
+
+
 def _is_broker(text: str) -> bool:
     try:
         url = urlsplit(text)
@@ -165,6 +172,9 @@ Networks = Annotated[
     tuple[Annotated[str, _checked(lambda word: word == "connected" or parse_network(word))], ...],
     NoDecode,
     _WORDS,
+]
+ProxyNetworkTexts = Annotated[
+    tuple[Annotated[str, _checked(_is_proxy_network)], ...], NoDecode, _WORDS
 ]
 Domains = Annotated[
     tuple[
@@ -281,6 +291,7 @@ class SmtpdSettings(Settings):
     smtp_timeout: Duration = 300.0
     accept_deadline: Duration = 60.0
     tls_client_ca: AbsolutePath | None = None
+    proxy_networks: ProxyNetworkTexts = ()
 
     @model_validator(mode="after")
     def _listeners_have_what_they_need(self) -> Self:
@@ -292,8 +303,11 @@ class SmtpdSettings(Settings):
                     f"RELAY_SMTP_LISTEN: {listener} needs a certificate: set RELAY_TLS_CERTIFICATE"
                     " and RELAY_TLS_KEY"
                 )
-            if listener.proxy:
-                raise ValueError(f"RELAY_SMTP_LISTEN: {listener} needs the networks of proxies")
+            if listener.proxy and not self.proxy_networks:
+                raise ValueError(
+                    f"RELAY_SMTP_LISTEN: {listener} closes every connection: name the proxies in"
+                    " RELAY_PROXY_NETWORKS"
+                )
         return self
 
 

@@ -28,6 +28,7 @@ from reception.envelope import TlsState
 from reception.handshake import handshake, handshake_fault
 from reception.listeners import SystemdSockets
 from reception.policy import ClientPolicy, Policy
+from reception.proxy import ProxyConnection, ProxyNetworks
 from reception.receiver import MAX_BUFFERED, Receiver, Reception
 from relay import metrics
 from relay.listeners import Listener
@@ -89,12 +90,16 @@ class SmtpServer:
     stopping: bool = False
     next_tick: float = math.inf
     greeting: Greeting = field(init=False)
+    _proxies: ProxyNetworks = field(init=False)
     _servers: list[asyncio.Server] = field(default_factory=list)
     # These stay open while accepting pauses.
     _sockets: list[tuple[socket.socket, Listener]] = field(default_factory=list)
     _resuming: asyncio.Task[None] | None = None
     _clock: asyncio.TimerHandle | None = None
     _empty: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._proxies = ProxyNetworks(self.settings.proxy_networks)
 
     async def listen(
         self, listeners: Iterable[Listener], passed: SystemdSockets | None = None
@@ -117,7 +122,7 @@ class SmtpServer:
         return [listener.at(*each.getsockname()[:2]) for each, listener in self._sockets]
 
     async def _open(self, listener: Listener, passed: SystemdSockets | None) -> None:
-        connect = partial(SmtpConnection, self, listener)
+        connect = self._protocol_factory(listener)
         if listener.socket_name:
             sockets = (passed or SystemdSockets({})).take(listener.socket_name)
             opened = [
@@ -133,6 +138,12 @@ class SmtpServer:
             for server in opened
             for each in server.sockets
         ]
+
+    def _protocol_factory(self, listener: Listener) -> Callable[[], asyncio.BaseProtocol]:
+        connect = partial(SmtpConnection, self, listener)
+        if not listener.proxy:
+            return connect
+        return partial(ProxyConnection, self.loop, self._proxies, connect, self.watch_descriptors)
 
     async def stop(self, drain: float) -> None:
         """Ends every session. Transactions in progress have `drain` seconds to finish."""
@@ -185,6 +196,11 @@ class SmtpServer:
         if not self.clients[client.network]:
             del self.clients[client.network]
 
+    def watch_descriptors(self, transport: asyncio.Transport) -> None:
+        """Pauses accepting if this connection has one of the last descriptors."""
+        if transport.get_extra_info("socket").fileno() >= self.last_descriptor:
+            self.pause()
+
     def pause(self) -> None:
         """Accepts no more until descriptors are free. Clients wait in the listen queue of the
         kernel, because the sockets stay open."""
@@ -199,7 +215,7 @@ class SmtpServer:
             if lowest.fileno() + len(self._sockets) > self.last_descriptor:
                 return
             for listening, listener in self._sockets:
-                connect = partial(SmtpConnection, self, listener)
+                connect = self._protocol_factory(listener)
                 self._servers.append(
                     await self.loop.create_server(
                         connect, sock=listening.dup(), backlog=LISTEN_BACKLOG
@@ -250,9 +266,10 @@ class SmtpServer:
 class SmtpConnection(asyncio.Protocol):
     """One client's connection."""
 
-    def __init__(self, server: SmtpServer, listener: Listener) -> None:
+    def __init__(self, server: SmtpServer, listener: Listener, proxied: str | None = None) -> None:
         self._server = server
         self._listener = listener
+        self._proxied = proxied  # the address of the client, if a proxy has sent it
         self.reception: Reception | None = None
         self.reading_paused = False
         self.deadline = 0.0  # of the client's silence, or of the last reply (monotonic)
@@ -267,7 +284,7 @@ class SmtpConnection(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         server = self._server
         # Without a peer the client has already closed the connection.
-        self.client = server.policy.client(peer[0] if peer else "::")
+        self.client = server.policy.client(self._proxied or (peer[0] if peer else "::"))
         server.connections.add(self)
         metrics.SESSIONS.inc()
         self._extend()
@@ -277,9 +294,7 @@ class SmtpConnection(asyncio.Protocol):
             self.session.close()
             transport.abort()
             return
-        connection = transport.get_extra_info("socket")
-        if connection.fileno() >= server.last_descriptor:
-            server.pause()
+        server.watch_descriptors(transport)
         refusal = server.admit(self.client)
         if refusal is not None:
             self._refuse(refusal, silently=self._listener.tls)
