@@ -18,6 +18,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 import psutil
 
 from reception.envelope import Recipient, Refused
+from reception.rates import Rates
 from reception.space import FreeSpace, SpaceClaim
 from relay.listeners import is_loopback
 from relay.settings import Network, SettingsError, SmtpdSettings, parse_network
@@ -35,6 +36,7 @@ class Policy:
     def __init__(self, settings: SmtpdSettings) -> None:
         self.settings = settings
         self.space = FreeSpace(settings.spool_dir)
+        self.rates = Rates(settings.rate_limits) if settings.rate_limits else None
         self._networks = client_networks(settings.client_networks, settings.publish)
         domains = [domain.lower() for domain in settings.recipient_domains]
         self._domains = frozenset(domain for domain in domains if not domain.startswith("."))
@@ -78,6 +80,12 @@ class ClientPolicy:
         """`size` is the octets that SIZE declares (RFC 1870), 0 without it. Raises Refused."""
         if not self.policy.space.has(size, self._claims_as):
             raise Refused("452 4.3.1 Insufficient system storage")
+
+    def check_rate(self, what: str, sender: str = "", user: str | None = None) -> None:
+        """Counts a message, a recipient or a connection by RATE_LIMITS. Raises Refused."""
+        rates = self.policy.rates
+        if rates is not None:
+            rates.take(what, {"client": self.network, "sender": sender, "user": user})
 
     def claim(self, size: int) -> SpaceClaim:
         """The claim of a message that begins; `size` as in `check_sender`. The declared octets are

@@ -60,6 +60,11 @@ GROUP_COMMIT_SIZE = Histogram(
 GROUP_COMMIT_SECONDS = Histogram(
     "relay_group_commit_seconds", "duration of this transaction", ["writer"], buckets=_QUICK
 )
+RATE_LIMITED = Counter(
+    "relay_rate_limited",
+    "messages, recipients and connections refused by RELAY_RATE_LIMITS",
+    ["subject", "what"],
+)
 PROXY_REFUSALS = Counter(
     "relay_proxy_refusals", "connections to a /proxy listener without a header from a proxy"
 )

@@ -26,6 +26,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from relay.listeners import Listener, parse_listen, parse_listener
+from relay.rate_limits import RateLimit, parse_rate_limit
 
 type Network = IPv4Network | IPv6Network
 
@@ -153,6 +154,15 @@ def _different(listeners: tuple[Listener, ...]) -> tuple[Listener, ...]:
     return listeners
 
 
+def _one_each(limits: tuple[RateLimit, ...]) -> tuple[RateLimit, ...]:
+    """Refuses two limits of the same."""
+    kinds = [(limit.subject, limit.what) for limit in limits]
+    for limit, kind in zip(limits, kinds, strict=True):
+        if kinds.count(kind) > 1:
+            raise ValueError(f"{limit} is not the only limit of its kind")
+    return limits
+
+
 _WORDS = from_text(_word_list)
 Duration = Annotated[float, from_text(seconds), Field(gt=0)]
 Span = Annotated[float, from_text(seconds), Field(ge=0)]
@@ -172,6 +182,12 @@ Networks = Annotated[
     tuple[Annotated[str, _checked(lambda word: word == "connected" or parse_network(word))], ...],
     NoDecode,
     _WORDS,
+]
+RateLimits = Annotated[
+    tuple[Annotated[RateLimit, from_text(parse_rate_limit)], ...],
+    NoDecode,
+    from_text(lambda text: () if text.strip().lower() == "off" else _word_list(text)),
+    AfterValidator(_one_each),
 ]
 ProxyNetworkTexts = Annotated[
     tuple[Annotated[str, _checked(_is_proxy_network)], ...], NoDecode, _WORDS
@@ -292,6 +308,7 @@ class SmtpdSettings(Settings):
     accept_deadline: Duration = 60.0
     tls_client_ca: AbsolutePath | None = None
     proxy_networks: ProxyNetworkTexts = ()
+    rate_limits: RateLimits = ()
 
     @model_validator(mode="after")
     def _listeners_have_what_they_need(self) -> Self:

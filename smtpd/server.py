@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
-from reception.envelope import TlsState
+from reception.envelope import Refused, TlsState
 from reception.handshake import handshake, handshake_fault
 from reception.listeners import SystemdSockets
 from reception.policy import ClientPolicy, Policy
@@ -53,6 +53,9 @@ INPUT_LIMIT = 64 * 1024
 """Octets that a client may send after a message whose reply is due."""
 LINGER_TIMEOUT = 10.0
 """Seconds for the last reply to leave."""
+IDLE_TIME = 10.0
+"""Seconds without a command after which a session outside of a transaction may be closed for
+another connection."""
 LATE_TICK = 1.0
 """Seconds that a clock tick may be late. After a later one the process, or its machine, has stood
 still, and the lost time counts against neither the clients nor the spooler."""
@@ -89,6 +92,7 @@ class SmtpServer:
     untrusted: int = 0  # of the admitted ones
     stopping: bool = False
     next_tick: float = math.inf
+    _next_search: float = 0.0  # for an idle session (monotonic)
     greeting: Greeting = field(init=False)
     _proxies: ProxyNetworks = field(init=False)
     _servers: list[asyncio.Server] = field(default_factory=list)
@@ -173,12 +177,38 @@ class SmtpServer:
         limit = self.settings.max_connections
         if self.stopping:
             return _STOPPING
-        if self.admitted >= limit or (not client.trusted and self.untrusted >= limit - limit // 4):
-            return "421 4.3.2 Too many connections, try again later"
         if self.clients[client.network] >= self.settings.max_connections_per_client:
             return "421 4.7.0 Too many connections from your address"
+        try:
+            client.check_rate("connections")
+        except Refused as refused:
+            return f"421{str(refused)[3:]}"  # the connection ends
+        full = self.admitted >= limit or (
+            not client.trusted and self.untrusted >= limit - limit // 4
+        )
+        if full and not self._close_idle(client):
+            return "421 4.3.2 Too many connections, try again later"
         self.count(client, 1)
         return None
+
+    def _close_idle(self, newcomer: ClientPolicy) -> bool:
+        """Closes the session that has been idle for the longest time, if there is one; untrusted
+        clients first, and for an untrusted newcomer no others. A search that found none is not
+        repeated at once, because it looks at every connection."""
+        now = time.monotonic()
+        if now < self._next_search:
+            return False
+        latest = now - IDLE_TIME + self.settings.smtp_timeout
+        idle = [
+            connection
+            for connection in self.connections
+            if connection.deadline < latest and connection.may_yield_to(newcomer)
+        ]
+        if not idle:
+            self._next_search = now + 1.0
+            return False
+        min(idle, key=lambda each: (each.client.trusted, each.deadline)).yield_place()
+        return True
 
     def remove(self, connection: "SmtpConnection", admitted: ClientPolicy | None) -> None:
         """A connection has ended; `admitted` is its client if it was counted."""
@@ -434,6 +464,21 @@ class SmtpConnection(asyncio.Protocol):
             self.transport.abort()
         else:
             self._refuse(_STOPPING)
+
+    def may_yield_to(self, newcomer: ClientPolicy) -> bool:
+        """Whether this session may be closed for another connection: it costs its client
+        nothing."""
+        counted = self._admitted
+        return (
+            counted is not None and self.session.idle and (newcomer.trusted or not counted.trusted)
+        )
+
+    def yield_place(self) -> None:
+        """Ends the session; its place is free at once."""
+        if self._admitted is not None:
+            self._server.count(self._admitted, -1)
+            self._admitted = None
+        self._refuse("421 4.3.2 Too many connections, closing this one, which is idle")
 
     def _extend(self) -> None:
         """The client has been active: its timeout begins again."""

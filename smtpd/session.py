@@ -28,6 +28,9 @@ for 639 more. The longest address that QMQP servers accept (999 octets) must fit
 """
 ERROR_LIMIT = 20
 """Refused commands without an accepted message between them."""
+FREE_ERRORS = 10
+"""Of these, after which each one costs an untrusted client TARPIT, as in Postfix
+(smtpd_soft_error_limit)."""
 TURN = 50
 """Commands before other connections get their turn: some hundred microseconds."""
 FREE_COMMANDS = 100
@@ -314,8 +317,12 @@ class Session:
             self._events.append(Refusal(reply))
         self._deferred = self._deferred or temporary
         self._errors += not temporary
-        if self._errors >= ERROR_LIMIT and not self.closed:
+        if self.closed:
+            return
+        if self._errors >= ERROR_LIMIT:
             self.close("421 4.7.0 Too many errors, closing connection")
+        elif self._errors > FREE_ERRORS and not temporary and not self.client.trusted:
+            self.pause = TARPIT
 
     def _refuse_and_close(self, reply: str) -> None:
         self.state = SessionState.CLOSED
@@ -360,6 +367,7 @@ class Session:
         if size > self.greeting.max_message_size:
             raise Refused(Fault.TOO_BIG.value)
         self.client.check_sender(size)
+        self.client.check_rate("messages", sender, self.user)
         # The keyword of the trace field: RFC 3848, and RFC 6531 (4.3) for SMTPUTF8.
         protocol = self._protocol
         if b"SMTPUTF8" in parameters:
@@ -382,6 +390,7 @@ class Session:
             recipients[position] = recipients[position].merge(recipient)
         else:
             self.client.check_recipient(recipient, len(recipients))
+            self.client.check_rate("recipients", self.envelope.sender, self.user)
             self._positions[recipient.mailbox] = len(recipients)
             recipients.append(recipient)
         self.state = SessionState.RECIPIENTS
