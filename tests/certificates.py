@@ -51,5 +51,6 @@ class SignedPair:
         for name, content in files.items():
             new = directory / f"{name}.new"
             new.write_bytes(content)
+            new.chmod(0o600)
             shutil.move(new, directory / name)
         return directory / "chain.pem", directory / "key.pem"

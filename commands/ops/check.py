@@ -188,6 +188,10 @@ def check_certificate(settings: SmtpdSettings) -> Iterator[CheckResult]:
         text = f"{settings.tls_certificate} ended {-days:.0f} days ago"
     verdict: Verdict = "fail" if days < 0 else "warn" if days < WARN_DAYS else "ok"
     yield CheckResult("certificate", verdict, text, "" if verdict == "ok" else "renew it")
+    key = settings.tls_key or settings.tls_certificate
+    if key.stat().st_mode & stat.S_IROTH:
+        text = f"other users can read the key in {key}"
+        yield CheckResult("certificate", "warn", text, f"run chmod o-r {key}")
 
 
 def _broker(settings: Settings) -> CheckResult:

@@ -187,6 +187,13 @@ def test_check_says_until_when_the_certificate_is_valid(
     assert bool(result.remedy) == (verdict != "ok")
 
 
+def test_check_names_a_key_that_other_users_can_read(authority: Authority, tmp_path: Path) -> None:
+    files = authority.sign("relay.example").write(tmp_path / "tls")
+    files[1].chmod(0o644)
+    _, result = check_certificate(settings_of(files))
+    assert (result.verdict, str(files[1]) in result.words) == ("warn", True)
+
+
 def test_check_names_a_pair_that_does_not_fit(authority: Authority, tmp_path: Path) -> None:
     assert list(check_certificate(load(SmtpdSettings))) == []
     files = authority.sign("relay.example").write(tmp_path / "tls")
