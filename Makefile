@@ -15,7 +15,10 @@ PYTEST_WORKERS ?= 3
 EXAMPLES ?= 1000
 SOAK_TIMEOUT ?= 14400
 
-.PHONY: help setup run demo status test soak coverage lint fmt bench lock clean
+# For `make fuzz`: how long each target runs.
+SECONDS ?= 60
+
+.PHONY: help setup run demo status test soak fuzz coverage lint fmt bench lock clean
 
 help: ## list the targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +46,10 @@ soak: ## test the queue against its model: a thousand histories for each databas
 	@scripts/setup dev
 	@RELAY_TESTS_EXAMPLES=$(EXAMPLES) exec $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --timeout $(SOAK_TIMEOUT) \
 	  tests/integration/test_state_machine.py
+
+fuzz: ## give the parsers bytes that reach new code (SECONDS=n for each; needs Linux on x86_64)
+	@scripts/setup dev
+	@exec $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 coverage: ## run the tests and report their branch coverage (TESTS=path to choose)
 	@scripts/setup dev
@@ -72,5 +79,5 @@ lock: ## update the lock files to newer dependencies (needs uv)
 	@scripts/lock
 
 clean: ## remove .venv and caches; mail in ./var stays
-	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache .coverage build dist *.egg-info
+	rm -rf .venv .fuzz .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache .coverage build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -64,7 +64,8 @@ qmqp-sink(1) of Postfix, protocol-qmqp.c of mailfront. [seen]: observed with Pos
 tests ask a Postfix too.
 
     netstring    the codec: exact lengths, strict and bounded decoding
-    request      a request as bytes of known length, and a strict reader of requests; no I/O
+    request      a request as bytes of known length; no I/O
+    reader       a strict reader of requests; no I/O
     reply        a reader of replies; no I/O
     client       sends one request; `body` reads its message, `connection` connects in time
     probe        finds out the family of a server without giving it a message

@@ -15,6 +15,8 @@ a whole netstring that is too short for a message, `1:x,`. The answers tell the 
                 it has seen too many of them
     qrelay      closes as qmail does; to the whole netstring it replies D "malformed input", where
                 qmail closes again
+    qmqp-relay  a D "Malformed request" at once; or, before anything is sent, a Z that this client
+                is not authorized
     others      an SMTP or SSH banner, a reply that is no netstring, a K (which no server may give
                 here), or silence
 
@@ -51,10 +53,20 @@ _REFUSED = (
 )
 # Status and text of a reply, and what they show. The first row holds.
 _REPLIES: tuple[tuple[bytes, bytes, Verdict], ...] = (
+    (
+        b"Z",
+        b"Client is not authorized to use this service",
+        (False, "qmqp-relay", "it does not authorize this client (RELAY_QMQP_CLIENT_NETWORKS)"),
+    ),
     (b"KZD", b"not authorized", _REFUSED),
     (b"KZD", b"not authorised", _REFUSED),
     (b"K", b"", (None, "other", "it accepted an invalid request: do not send mail there")),
     (b"D", b"netstring", (True, "postfix", "it replies D to an invalid request, as Postfix does")),
+    (
+        b"D",
+        b"Malformed request",
+        (True, "qmqp-relay", "it replies D to an invalid request, as qmqp-relay does"),
+    ),
     (b"D", b"", (True, "other", "it replies D to an invalid request")),
     (
         b"Z",
@@ -91,7 +103,8 @@ _SILENCES: dict[tuple[bool, bool], Verdict] = {
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
     """The result of a probe. `allowed`: None if the probe cannot tell. `family`: postfix, qmail,
-    qmail-ldap, mailfront, qrelay, other or none. `said`: the server's bytes, bounded."""
+    qmail-ldap, mailfront, qrelay, qmqp-relay, other or none. `said`: the server's bytes,
+    bounded."""
 
     reachable: bool
     allowed: bool | None

@@ -31,7 +31,7 @@ from typing import Any, Literal
 from qmqp import LONGEST_SESSION
 from qmqp.connection import RESET_ON_CLOSE
 from qmqp.netstring import MAX_LENGTH, NetstringError, SizeError, encode
-from qmqp.request import RequestParser
+from qmqp.reader import MessageReceived, RequestComplete, RequestReader, RequestStarted
 
 _READ_SIZE = 65536
 
@@ -227,7 +227,8 @@ class SinkConnection:
     def __init__(self, sink: Sink, sock: socket.socket) -> None:
         self._sink = sink
         self._sock = sock
-        self._parser = RequestParser(self._keep, sink.preset.max_size)
+        self._reader = RequestReader(sink.preset.max_size)
+        self._size = 0  # of the message
         self._digest = sha256()
         self._part = sink.dump and sink.dump / f".{os.getpid()}-{id(self)}"
 
@@ -239,7 +240,7 @@ class SinkConnection:
                 answer = await self._read()
                 await self._reply(answer)
                 # A client that was answered early gets no more of its request read.
-                if answer.end == "stay" and not self._parser.complete:
+                if answer.end == "stay" and not self._reader.complete:
                     await asyncio.sleep(LONGEST_SESSION)
                 while answer.end == "stay" and await self._receive(_READ_SIZE):
                     pass
@@ -264,12 +265,12 @@ class SinkConnection:
         while left:
             data = await self._receive(min(answer.read_size, left))
             if not data:
-                self._fault(f"connection lost while receiving {self._parser.where}")
+                self._fault(f"connection lost while receiving {self._reader.where}")
                 raise ConnectionResetError
             left -= len(data)
             try:
-                if self._parser.feed(data):
-                    return self._received(answer, rules)
+                if (request := self._take(data)) is not None:
+                    return self._received(request, answer, rules)
             except NetstringError as error:
                 return self._refuse(error)
             if answer.read_pause:
@@ -287,17 +288,19 @@ class SinkConnection:
 
     def _refuse(self, error: NetstringError) -> Answer:
         kind = "length exceeds storage limit" if isinstance(error, SizeError) else "format error"
-        text = f"netstring {kind} while receiving {self._parser.where}"
+        text = f"netstring {kind} while receiving {self._reader.where}"
         self._fault(f"{text}: {error}")
         preset = self._sink.preset
         return Answer(b"D", text.encode(), b"" if preset.silent else None, preset.error_delay)
 
-    def _received(self, answer: Answer, rules: Sequence[Chooser]) -> Answer:
+    def _received(
+        self, request: RequestComplete, answer: Answer, rules: Sequence[Chooser]
+    ) -> Answer:
         """Choose the answer to a complete request, and record both."""
-        sink, preset, parser = self._sink, self._sink.preset, self._parser
-        recipients, digest = tuple(parser.recipients), self._digest.hexdigest()
-        longest = max(map(len, (parser.sender, *recipients)))
-        if longest > preset.max_address or b"\0" in parser.sender + b"".join(recipients):
+        sink, preset, digest = self._sink, self._sink.preset, self._digest.hexdigest()
+        sender, recipients = request.sender, request.recipients
+        longest = max(map(len, (sender, *recipients)))
+        if longest > preset.max_address or b"\0" in sender + b"".join(recipients):
             answer = Answer(b"D", b"sorry, I can't accept addresses like that (#5.1.3)")
         elif not recipients and not preset.silent:
             answer = Answer(b"D", b"Error: no recipients specified", delay=preset.error_delay)
@@ -308,7 +311,7 @@ class SinkConnection:
             if answer.status + answer.text == b"K":
                 answer = replace(answer, text=b"Ok: queued as %d" % sink.count)
             reply = answer.status + answer.text if answer.raw is None else answer.raw
-            received = Received(sink.count, parser.sender, recipients, parser.size, digest, reply)
+            received = Received(sink.count, sender, recipients, self._size, digest, reply)
             if self._part is not None:
                 _store(received, self._part)
             sink.received.append(received)
@@ -324,7 +327,19 @@ class SinkConnection:
             if answer.drip:
                 await asyncio.sleep(answer.drip)
 
-    def _keep(self, piece: memoryview) -> None:
+    def _take(self, data: bytes) -> RequestComplete | None:
+        """Take the next bytes of the request, which they may complete."""
+        for event in self._reader.feed(data):
+            match event:
+                case RequestStarted(size):
+                    self._size = size
+                case MessageReceived(piece):
+                    self._keep(piece)
+                case RequestComplete():
+                    return event
+        return None
+
+    def _keep(self, piece: bytes) -> None:
         self._digest.update(piece)
         if self._part is not None:
             with self._part.open("ab") as file:

@@ -9,6 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+TOO_BIG = "552 5.3.4 Message exceeds the size limit"
+LOOP = "554 5.4.6 Too many hops, this mail is looping"
+ASCII_ONLY = "553 5.6.7 Only ASCII addresses are accepted here"
+
 
 class Refused(Exception):
     """A command, a sender or a recipient is refused.
@@ -70,8 +74,11 @@ class TlsState(NamedTuple):
 @dataclass(slots=True)
 class Envelope:
     """One transaction, `started` at this time (monotonic): `sender` is '' if it is null,
-    `parameters` are those of MAIL, and `protocol` is the keyword of the trace field (RFC 3848).
-    `tls` is protocol and cipher of the connection, `auth_user` the authenticated user, if any."""
+    `parameters` are those of MAIL, `helo` is '' if the protocol has no greeting, and `protocol` is
+    the keyword of the trace field (RFC 3848; QMQP has none there and stands for itself). `tls` is
+    protocol and cipher of the connection, `auth_user` the authenticated user, if any.
+
+    Protocols that send the envelope after the content fill in sender and recipients at its end."""
 
     sender: str
     parameters: Mapping[bytes, str]

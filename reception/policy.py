@@ -28,16 +28,26 @@ IPV6_PREFIX = 64
 
 
 class Policy:
-    """The rules for all clients; `client` returns those for one, by its IP address as text.
+    """The rules of one door for all clients; `client` returns those for one, by its IP address as
+    text.
 
+    `networks`: those whose clients may relay (None: those of SMTP). `space` is that of the spool,
+    `rates` has the tables of RATE_LIMITS: all doors share both (None: there is no other door).
     Raises SettingsError for settings that would make an open relay.
     """
 
-    def __init__(self, settings: SmtpdSettings) -> None:
+    def __init__(
+        self,
+        settings: SmtpdSettings,
+        networks: tuple[Network, ...] | None = None,
+        space: FreeSpace | None = None,
+        rates: Rates | None = None,
+    ) -> None:
         self.settings = settings
-        self.space = FreeSpace(settings.spool_dir)
-        self.rates = Rates(settings.rate_limits) if settings.rate_limits else None
-        self._networks = client_networks(settings.client_networks, settings.publish)
+        self.space = FreeSpace(settings.spool_dir) if space is None else space
+        limited = settings.rate_limits and rates is None
+        self.rates = Rates(settings.rate_limits) if limited else rates
+        self._networks = smtp_networks(settings) if networks is None else networks
         domains = [domain.lower() for domain in settings.recipient_domains]
         self._domains = frozenset(domain for domain in domains if not domain.startswith("."))
         self._parents = tuple(domain for domain in domains if domain.startswith("."))
@@ -111,13 +121,29 @@ class ClientPolicy:
             raise Refused("452 4.5.3 Too many recipients")
 
 
-def client_networks(entries: Iterable[str], publish: str) -> tuple[Network, ...]:
-    """Parses CLIENT_NETWORKS: networks, addresses, and `connected`, which means the subnets of this
-    machine's interfaces at start.
+def smtp_networks(settings: SmtpdSettings) -> tuple[Network, ...]:
+    """The networks whose clients may relay by SMTP. Raises SettingsError."""
+    return client_networks(settings.client_networks, settings.publish)
 
-    `publish` is RELAY_PUBLISH, the address of the published port of a container. On such a port
-    every client seems to come from the gateway, which is in a connected subnet, so `connected` is
-    only allowed if `publish` is loopback. Raises SettingsError.
+
+def qmqp_networks(settings: SmtpdSettings) -> tuple[Network, ...]:
+    """The networks whose clients may send by QMQP. Raises SettingsError."""
+    names = ("RELAY_QMQP_CLIENT_NETWORKS", "RELAY_QMQP_PUBLISH")
+    return client_networks(settings.qmqp_client_networks, settings.qmqp_publish, *names)
+
+
+def client_networks(
+    entries: Iterable[str],
+    publish: str,
+    setting: str = "RELAY_CLIENT_NETWORKS",
+    publish_setting: str = "RELAY_PUBLISH",
+) -> tuple[Network, ...]:
+    """Parses the networks of clients: networks, addresses, and `connected`, which means the subnets
+    of this machine's interfaces at start. The last two parameters name the settings.
+
+    `publish` is the address of the published port of a container. On such a port every client seems
+    to come from the gateway, which is in a connected subnet, so `connected` is only allowed if
+    `publish` is loopback; else it would make an open relay. Raises SettingsError.
     """
     networks: list[Network] = []
     for entry in entries:
@@ -125,8 +151,8 @@ def client_networks(entries: Iterable[str], publish: str) -> tuple[Network, ...]
             networks.append(parse_network(entry))
         elif publish and not _is_loopback(publish):
             raise SettingsError(
-                "RELAY_CLIENT_NETWORKS: `connected` would make an open relay of the port published"
-                f" on {publish} (RELAY_PUBLISH), where every client looks like the gateway; name"
+                f"{setting}: `connected` would make an open relay of the port published on"
+                f" {publish} ({publish_setting}), where every client looks like the gateway; name"
                 " the networks that may relay"
             )
         else:

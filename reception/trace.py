@@ -22,15 +22,17 @@ def received_field(
 ) -> bytes:
     """The Received field (RFC 5321, 4.4) with LF line ends.
 
-    It names the recipient of a message that has one. More names would disclose Bcc recipients.
+    It names the recipient of a message that has one. More names would disclose Bcc recipients. A
+    client whose protocol has no greeting is named by its address alone.
     """
-    literal = f"IPv6:{client}" if ":" in client else client
+    literal = f"[IPv6:{client}]" if ":" in client else f"[{client}]"
+    name = _UNPRINTABLE.sub("?", envelope.helo) or literal
     recipients = envelope.recipients
     single = len(recipients) == 1 and len(recipients[0].path) <= _MAX_PATH
     path = f"\n\tfor <{recipients[0].path}>; " if single else ";\n\t"
     tls = "\n\t(using {} with cipher {})".format(*envelope.tls.split()) if envelope.tls else ""
     return (
-        f"Received: from {_UNPRINTABLE.sub('?', envelope.helo)} ([{literal}]){tls}\n"
+        f"Received: from {name} ({literal}){tls}\n"
         f"\tby {hostname} with {envelope.protocol} id {queue_id}{path}{when}\n"
     ).encode("ascii")
 

@@ -42,10 +42,12 @@ _QUICK = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30,
 _LONG = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800, 7200, 43200, 172800)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # they would add a series for each counter
-SESSIONS = Counter("relay_smtp_sessions", "accepted SMTP connections")
-SESSIONS_OPEN = Gauge("relay_smtp_sessions_open", "SMTP connections open now")
+SESSIONS = Counter("relay_sessions", "accepted connections", ["door"])
+SESSIONS_OPEN = Gauge("relay_sessions_open", "connections open now", ["door"])
 REFUSALS = Counter(
-    "relay_smtp_refusals", "commands and messages refused, by code and enhanced code", ["reply"]
+    "relay_refusals",
+    "commands and messages refused, by code and enhanced code",
+    ["door", "reply"],
 )
 RECEIVED_BYTES = Counter("relay_received_bytes", "bytes of the bodies of accepted messages")
 ACCEPT_SECONDS = Histogram(
@@ -102,7 +104,7 @@ CIRCUIT_OPEN = Gauge(
     "relay_circuit_open", "1 while the circuit of a server is open in this worker", ["server"]
 )
 
-attempts, hints = cache(ATTEMPTS.labels), cache(HINTS.labels)
+attempts, hints, sessions = cache(ATTEMPTS.labels), cache(HINTS.labels), cache(SESSIONS.labels)
 
 
 @cache
@@ -117,12 +119,12 @@ def group_commit(writer: str) -> Callable[[int, float], None]:
     return observe
 
 
-def refused(reply: str) -> None:
+def refused(reply: str, door: str = "smtp") -> None:
     """Count a refusal by the codes of its reply (`554 5.7.1`), without its text."""
     codes = reply[:20].split()[:2]
     if len(codes) > 1 and codes[1][1:2] != ".":
         codes.pop()
-    REFUSALS.labels(" ".join(codes)).inc()
+    REFUSALS.labels(door, " ".join(codes)).inc()
 
 
 class StateCount(NamedTuple):

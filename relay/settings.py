@@ -154,6 +154,10 @@ def _different(listeners: tuple[Listener, ...]) -> tuple[Listener, ...]:
     return listeners
 
 
+def _qmqp_listener(text: str) -> Listener:
+    return parse_listener(text, ("proxy",))
+
+
 def _one_each(limits: tuple[RateLimit, ...]) -> tuple[RateLimit, ...]:
     """Refuses two limits of the same."""
     kinds = [(limit.subject, limit.what) for limit in limits]
@@ -177,6 +181,15 @@ Listeners = Annotated[
     NoDecode,
     _WORDS,
     AfterValidator(_different),
+]
+QmqpListeners = Annotated[
+    tuple[Annotated[Listener, from_text(_qmqp_listener)], ...],
+    NoDecode,
+    from_text(lambda text: () if text.strip().lower() == "off" else _word_list(text)),
+    AfterValidator(_different),
+]
+ListensOrOff = Annotated[
+    Listens, from_text(lambda text: () if text.strip().lower() == "off" else text)
 ]
 Networks = Annotated[
     tuple[Annotated[str, _checked(lambda word: word == "connected" or parse_network(word))], ...],
@@ -267,9 +280,7 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "console"] = "auto"
     log_addresses: Literal["full", "redacted"] = "full"
-    metrics_listen: Annotated[
-        Listens, from_text(lambda text: () if text.strip().lower() == "off" else text)
-    ] = ()
+    metrics_listen: ListensOrOff = ()
     web_listen: Listens = (("127.0.0.1", 8025),)
     health_file: Path | None = None
     tls_certificate: AbsolutePath | None = None
@@ -297,6 +308,9 @@ class SmtpdSettings(Settings):
     smtp_listen: Listeners = (Listener("127.0.0.1", 2525),)
     publish: str = ""
     client_networks: Networks = ("127.0.0.0/8", "::1")
+    qmqp_listen: QmqpListeners = ()
+    qmqp_publish: str = ""
+    qmqp_client_networks: Networks = ("127.0.0.0/8", "::1")
     recipient_domains: Domains = ()
     allow_untrusted_routing: bool = False
     bare_cr: Literal["reject", "strip"] = "reject"
@@ -314,7 +328,10 @@ class SmtpdSettings(Settings):
     def _listeners_have_what_they_need(self) -> Self:
         if self.tls_client_ca and not self.tls_certificate:
             raise ValueError("RELAY_TLS_CLIENT_CA needs RELAY_TLS_CERTIFICATE")
-        for listener in self.smtp_listen:
+        for name, listener in (
+            *(("SMTP", each) for each in self.smtp_listen),
+            *(("QMQP", each) for each in self.qmqp_listen),
+        ):
             if listener.tls and not self.tls_certificate:
                 raise ValueError(
                     f"RELAY_SMTP_LISTEN: {listener} needs a certificate: set RELAY_TLS_CERTIFICATE"
@@ -322,7 +339,7 @@ class SmtpdSettings(Settings):
                 )
             if listener.proxy and not self.proxy_networks:
                 raise ValueError(
-                    f"RELAY_SMTP_LISTEN: {listener} closes every connection: name the proxies in"
+                    f"RELAY_{name}_LISTEN: {listener} closes every connection: name the proxies in"
                     " RELAY_PROXY_NETWORKS"
                 )
         return self

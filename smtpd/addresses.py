@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from ipaddress import AddressValueError, IPv4Address, IPv6Address
 
 from qmqp.request import MAX_ADDRESS, is_sendable
-from reception.envelope import Recipient, Refused
+from reception.envelope import ASCII_ONLY, Recipient, Refused
 
 _ATOM = rb"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
 _LABEL = rb"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
@@ -93,8 +93,7 @@ def parse_recipient(argument: bytes, hostname: str, *, trusted: bool = False) ->
 def _match(argument: bytes, keyword: bytes, refusal: str) -> re.Match[bytes]:
     match = _ARGUMENT.fullmatch(argument)
     if match is None or match["word"].upper() != keyword:
-        ascii_only = "553 5.6.7 Only ASCII addresses are accepted here"
-        raise Refused(refusal if argument.isascii() else ascii_only)
+        raise Refused(refusal if argument.isascii() else ASCII_ONLY)
     return match
 
 

@@ -9,25 +9,22 @@ real end and refused, because the stored form could not tell it from a line end 
 is content that is too large or loops. After a fault nothing is decoded, only the end is searched.
 """
 
-import re
 from enum import Enum
 from io import IncrementalNewlineDecoder
 
-MAX_RECEIVED = 100
-"""Trace fields that a message may carry (RFC 5321, 6.3: at least 100)."""
+from reception import envelope
+from reception.header import MAX_RECEIVED, HeaderScanner
 
 _END = b"\r\n.\r\n"
 _PARTIAL_ENDS = (b"\r\n.\r", b"\r\n.", b"\r\n", b"\r")
-_MESSAGE_ID = re.compile(rb"(?i)\nmessage-id:(?:\n?[ \t])*(<[!-;=?-~]{1,500}>)")
-_MAX_TAIL = 1000
 
 
 class Fault(Enum):
     """Why content is refused: the reply to its end."""
 
     BARE = "550 5.6.11 Message contains a bare CR or LF"
-    TOO_BIG = "552 5.3.4 Message exceeds the size limit"
-    LOOP = "554 5.4.6 Too many hops, this mail is looping"
+    TOO_BIG = envelope.TOO_BIG
+    LOOP = envelope.LOOP
 
 
 class Content:
@@ -38,30 +35,23 @@ class Content:
     The end and the stuffed dots are searched before that, in the bytes as they came, so stripping
     makes neither. A CR before a LF stays, so stripping never hides a bare LF, which is refused.
 
-    `fault`, `octets` and `header_message_id` (brackets included, at most 502 characters) are final
-    when `feed` has returned a rest.
+    `fault`, `octets` and `header` are final when `feed` has returned a rest.
     """
 
     __slots__ = (
         "_carry",
-        "_header_complete",
-        "_header_tail",
         "_limit",
-        "_received",
         "_started",
         "_strip_cr",
         "fault",
-        "header_message_id",
+        "header",
         "octets",
     )
 
     def __init__(self, limit: int, *, strip_cr: bool = False) -> None:
         self.fault: Fault | None = None
         self.octets = -2
-        self.header_message_id: str | None = None
-        self._header_tail = b""  # the unfinished line, of at most _MAX_TAIL octets
-        self._header_complete = False
-        self._received = 0  # trace fields
+        self.header = HeaderScanner()
         self._limit = limit
         self._strip_cr = strip_cr
         self._carry = b"\r\n"
@@ -98,35 +88,12 @@ class Content:
         if self.octets > self._limit:
             self.fault = Fault.TOO_BIG
             return b""
-        if not self._started and text[1:2] in (b" ", b"\t"):
-            # The receiver ends the header before a first line that begins with a blank.
-            self._header_complete = True
-        if not self._header_complete:
-            self._scan_header(text)
-            if self._received > MAX_RECEIVED:
+        if not self.header.complete:
+            self.header.feed(text)
+            if self.header.received > MAX_RECEIVED:
                 self.fault = Fault.LOOP
                 return b""
         if not self._started:
             self._started = True
             text = text[1:]
         return text
-
-    def _scan_header(self, text: bytes) -> None:
-        """Counts the Received fields and finds the Message-ID. The first text begins with a LF, so
-        every field is found as `LF name`."""
-        window = self._header_tail + text
-        end = window.find(b"\n\n")
-        self._header_complete = end >= 0
-        # The last line may still grow: it is searched when it is complete.
-        cut = end if self._header_complete else window.rfind(b"\n")
-        lines = window[:cut].lower()
-        at = -1 if self.header_message_id else lines.find(b"\nmessage-id:")
-        if at >= 0:
-            match = _MESSAGE_ID.match(window, at, end if self._header_complete else len(window))
-            if match is not None:
-                self.header_message_id = match[1].decode("ascii")
-            elif not self._header_complete and len(window) - at < _MAX_TAIL:
-                cut = at
-                lines = lines[:at]
-        self._received += lines.count(b"\nreceived:")
-        self._header_tail = window[cut : cut + _MAX_TAIL]

@@ -1,4 +1,4 @@
-"""The smtpd process: starts its parts in order and stops them in order.
+"""The smtpd process: starts its parts in order and stops them in order. It serves all doors.
 
 smtpd listens when settings, routes, database and spool are in order and the spooler has started. To
 stop, it accepts no connections, sends 421 to idle sessions, lets transactions finish for at most
@@ -7,21 +7,25 @@ RELAY_DRAIN_TIMEOUT, lets the spooler finish, and ends.
 
 import asyncio
 import signal
+from collections.abc import Iterable
 from functools import partial
 
+from qmqpd.server import QmqpConnection
 from reception.listeners import SystemdSockets
-from reception.policy import Policy
+from reception.policy import Policy, qmqp_networks
 from reception.receiver import THREADS, DiskThreads, Receiver
+from reception.server import Door, FrontEnd
 from reception.spooler_client import SpoolerClient, launcher
 from relay import metrics
 from relay.hints import FRESH, Hints, celery_app
+from relay.listeners import Listener
 from relay.log import get_logger
 from relay.routes import Routes
 from relay.settings import SmtpdSettings
 from relay.startup import DurableState, freeze_memory, new_loop, ready
 from relay.tls import CertificatePair, certificate_pair
 from smtpd.descriptors import reserve_descriptors
-from smtpd.server import SmtpServer
+from smtpd.server import SmtpConnection
 
 log = get_logger(__name__)
 
@@ -46,12 +50,12 @@ def run(settings: SmtpdSettings) -> int:
     Raises SettingsError, SpoolerError, and the errors of `ready`. SIGHUP reads the certificate
     again.
     """
-    policy = Policy(settings)
+    doors = _doors(settings)
     routes = Routes.load(settings)
     certificate = certificate_pair(settings, settings.tls_client_ca)
     state = ready(settings)
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(_serve(settings, policy, routes, state, certificate))
+        runner.run(_serve(settings, doors, routes, state, certificate))
     state.engine.dispose()
     return 0
 
@@ -60,9 +64,19 @@ def _ignore() -> None:
     """SIGHUP ends nothing; without a certificate there is nothing to read again."""
 
 
+def _doors(settings: SmtpdSettings) -> list[tuple[Door, Iterable[Listener]]]:
+    """The doors and their listeners; a door without a listener stays closed."""
+    smtp = Policy(settings)
+    qmqp = Policy(settings, qmqp_networks(settings), smtp.space, smtp.rates)
+    return [
+        (Door("smtp", "RELAY_SMTP_LISTEN", smtp, SmtpConnection), settings.smtp_listen),
+        (Door("qmqp", "RELAY_QMQP_LISTEN", qmqp, QmqpConnection), settings.qmqp_listen),
+    ]
+
+
 async def _serve(
     settings: SmtpdSettings,
-    policy: Policy,
+    doors: list[tuple[Door, Iterable[Listener]]],
     routes: Routes,
     state: DurableState,
     certificate: CertificatePair | None,
@@ -80,16 +94,19 @@ async def _serve(
         state.spool, spooler, routes.route_for, settings, threads, asyncio.Semaphore(bodies)
     )
     size_limit = partial(offered_size, settings.max_message_size, routes)
-    server = SmtpServer(loop, settings, receiver, policy, size_limit, last_descriptor, certificate)
+    server = FrontEnd(loop, settings, receiver, size_limit, last_descriptor, certificate)
     await spooler.start()
     freeze_memory()
     passed = SystemdSockets()
-    listeners = await server.listen(settings.smtp_listen, passed)
-    hints.start()
-    log.info("listening", addresses=listeners)
+    for door, listeners in doors:
+        open_at = await server.listen(door, listeners, passed)
+        if open_at:
+            log.info("listening", door=door.name, addresses=open_at)
+        count = metrics.SESSIONS_OPEN.labels(door.name)
+        count.set_function(partial(server.sessions.__getitem__, door.name))
     if passed.names:
         log.warning("sockets not used", names=passed.names)
-    metrics.SESSIONS_OPEN.set_function(lambda: len(server.connections))
+    hints.start()
     queue = metrics.QueueMetrics(state.engine, state.spool, hints.lists)
     stop_metrics = metrics.serve(
         settings, queue, tls_context=(lambda: certificate.context) if certificate else None

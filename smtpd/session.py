@@ -13,11 +13,18 @@ after TURN commands, or in `TARPIT`, the rest waits until the driver calls `resu
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
 from reception.envelope import Envelope, Refused, TlsState
+from reception.events import (
+    DataComplete,
+    DataReceived,
+    Event,
+    MailStarted,
+    Refusal,
+    TlsRequested,
+)
 from reception.policy import ClientPolicy
 from smtpd.addresses import parse_recipient, parse_sender
 from smtpd.content import Content, Fault
@@ -50,43 +57,6 @@ _NOT_TAKEN = "421 4.3.0 Message cannot be taken, closing connection"
 _NOT_SMTP = "500 5.5.1 This is an SMTP server"
 _NAME = re.compile(rb"[!-~]{1,255}")
 _TLS_HANDSHAKE = b"\x16\x03"
-
-
-@dataclass(frozen=True, slots=True)
-class MailStarted:
-    """The client got 354 and may send its message."""
-
-    envelope: Envelope
-
-
-@dataclass(frozen=True, slots=True)
-class DataReceived:
-    """Decoded content."""
-
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class DataComplete:
-    """The message has ended; `Session.reply` is due."""
-
-    header_message_id: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A command was refused, or the content of a message, at its end. Of the temporary refusals of
-    a transaction only the first is an event."""
-
-    reply: str
-
-
-@dataclass(frozen=True, slots=True)
-class TlsRequested:
-    """The client got 220 and begins its handshake (RFC 3207)."""
-
-
-type Event = MailStarted | DataReceived | DataComplete | Refusal | TlsRequested
 
 
 class SessionState(IntEnum):
@@ -423,7 +393,7 @@ class Session:
                 self._refuse(content.fault.value)
             else:
                 self.state = SessionState.AWAIT_REPLY
-                self._events.append(DataComplete(content.header_message_id))
+                self._events.append(DataComplete(content.header.message_id))
         elif self._wasted > ENDLESS:
             # Reading keeps the client in step, but must end.
             self._refuse_and_close(content.fault.value if content.fault else _NOT_TAKEN)

@@ -26,7 +26,7 @@ from commands.ops.show import opened
 from commands.output import size, write
 from commands.standalone import valkey
 from qmqp.probe import probe
-from reception.policy import client_networks
+from reception.policy import qmqp_networks, smtp_networks
 from relay.db import engine as database
 from relay.db import schema
 from relay.hints import QUEUES
@@ -72,7 +72,8 @@ def check_all() -> Iterator[CheckResult]:
     """Every result, the most important first."""
     try:
         smtpd, settings = load(SmtpdSettings), load(WorkerSettings)
-        client_networks(smtpd.client_networks, smtpd.publish)
+        smtp_networks(smtpd)
+        qmqp_networks(smtpd)
         routes = Routes.load(settings)
     except SettingsError as error:
         faults = "; ".join(str(error).splitlines())

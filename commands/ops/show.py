@@ -290,7 +290,8 @@ def _envelope(report: MessageReport) -> Iterator[tuple[str, str]]:
         needed = any(row.state in UNFINISHED for row in message.deliveries)
         file = "missing" if needed else "removed"
     user = f" as {message.auth_user}" if message.auth_user else ""
-    client = f"{message.client_address or 'here'} ({message.helo}) by {message.protocol}"
+    name = f" ({message.helo})" if message.helo else ""
+    client = f"{message.client_address or 'here'}{name} by {message.protocol}"
     tls = f" ({message.tls})" if message.tls else ""
     received = message.received_at
     values = {

@@ -162,6 +162,7 @@ def run(*, demo: bool) -> int:
     configure(smtpd)
     with _locked(smtpd.state_dir):
         _refuse_taken(smtpd.smtp_listen, "RELAY_SMTP_LISTEN")
+        _refuse_taken(smtpd.qmqp_listen, "RELAY_QMQP_LISTEN")
         asyncio.run(_supervise(Stack(smtpd, worker, demo=demo)))
     return 0
 
@@ -323,8 +324,10 @@ def banner(stack: Stack) -> str:
             "deferred twice and then accepted, reject@ is rejected, slow@ is accepted late,\n"
             "drop-reply@ gets no reply, and any other is accepted.\n"
         )
+    qmqp_in = " ".join(map(str, stack.smtpd.qmqp_listen))
     facts = {
         "SMTP": " ".join(map(str, stack.smtpd.smtp_listen)),
+        **({"QMQP in": qmqp_in} if qmqp_in else {}),
         "QMQP": servers or "no server yet: mail waits until RELAY_QMQP_SERVERS names one",
         "database": redacted(database),
         "broker": redacted(valkey.url(stack.smtpd) or stack.smtpd.broker_url),

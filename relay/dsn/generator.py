@@ -203,7 +203,8 @@ class DsnGenerator:
         Every client may write to the relay's own postmaster (RFC 5321 4.5.1), so an untrusted
         client gets no DSN about that.
         """
-        if not can_carry(original.sender):
+        # `list-@host-@[]` stands for a sender for each recipient, which a server of qmail makes.
+        if not can_carry(original.sender) or original.sender.endswith("-@[]"):
             return [], Withheld.ADDRESS
         if not original.from_untrusted_client:
             return recipients, None

@@ -150,13 +150,15 @@ def test_a_second_up_in_one_directory_is_refused(tmp_path: Path) -> None:
     assert processes_of(up.state_dir) == []
 
 
-def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", ["SMTP_LISTEN", "QMQP_LISTEN"])
+def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path, setting: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        refused = command("up", "--demo", STATE_DIR=str(tmp_path / "var"), SMTP_LISTEN=address)
+        settings = {"SMTP_LISTEN": f"127.0.0.1:{free_port()}", setting: address}
+        refused = command("up", "--demo", STATE_DIR=str(tmp_path / "var"), **settings)
     assert refused.returncode == 2
     assert f"{address} is taken" in refused.stderr
-    assert "RELAY_SMTP_LISTEN" in refused.stderr
+    assert f"RELAY_{setting}" in refused.stderr
     assert {path.name for path in (tmp_path / "var").iterdir()} == {"up.lock"}
 
 

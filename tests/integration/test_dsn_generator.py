@@ -519,6 +519,15 @@ def test_null_sender_gets_no_dsn(harness: DsnHarness, sender: str) -> None:
     assert harness.dsns() == []
 
 
+def test_the_sender_of_a_qmail_list_gets_no_dsn(harness: DsnHarness) -> None:
+    queue_id = harness.accept(sender="list-return-1-@lists.example-@[]")
+    harness.fail(queue_id)
+    assert harness.generator.generate(10) == []
+    assert not harness.pending(queue_id)
+    (row,) = harness.queue.rows("SELECT dsn_withheld FROM deliveries")
+    assert row["dsn_withheld"] == "address"
+
+
 # --- a DSN that is refused
 # --------------------------------------------------------------------------------
 

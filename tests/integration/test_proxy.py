@@ -15,7 +15,7 @@ from relay import metrics
 from relay.listeners import Listener
 from relay.settings import SettingsError, SmtpdSettings, load
 from tests.certificates import Authority
-from tests.integration.test_smtpd import ServerHarness, run, talking
+from tests.integration.test_smtpd import SmtpHarness, run, talking
 from tests.waiting import until
 
 __all__ = ["run"]  # a fixture
@@ -32,8 +32,8 @@ LOCAL = SIGNATURE + b"\x20\0\0\0"
 
 @pytest.fixture(params=LOOPS)
 def serve(
-    request: pytest.FixtureRequest, run: Callable[..., ServerHarness]
-) -> Callable[..., ServerHarness]:
+    request: pytest.FixtureRequest, run: Callable[..., SmtpHarness]
+) -> Callable[..., SmtpHarness]:
     """Runs a server behind a proxy, on each event loop."""
     return functools.partial(
         run, new_loop=LOOPS[request.param], listener=PROXIED, proxy_networks="127.0.0.1"
@@ -57,14 +57,14 @@ def refusals() -> float:
 )
 @pytest.mark.parametrize("octets", [1, 1000])
 def test_policy_limits_row_and_trace_field_have_the_inner_address(
-    serve: Callable[..., ServerHarness], header: bytes, address: str, literal: bytes, octets: int
+    serve: Callable[..., SmtpHarness], header: bytes, address: str, literal: bytes, octets: int
 ) -> None:
     running = serve(client_networks=(address,), max_connections_per_client=1)
     with talking(running) as client:
         for at in range(0, len(header), octets):
             client.send(header[at : at + octets])
         client.begin()
-        assert running.server.clients == {running.server.policy.client(address).network: 1}
+        assert running.server.clients == {running.policy.client(address).network: 1}
         client.say(b"body\r\n.", b"250 2.0.0")
         with talking(running) as second:
             second.send(header)
@@ -76,7 +76,7 @@ def test_policy_limits_row_and_trace_field_have_the_inner_address(
 
 
 def test_a_client_that_the_proxy_names_is_no_trusted_proxy(
-    serve: Callable[..., ServerHarness],
+    serve: Callable[..., SmtpHarness],
 ) -> None:
     running = serve()
     with talking(running) as client:
@@ -88,7 +88,7 @@ def test_a_client_that_the_proxy_names_is_no_trusted_proxy(
 
 
 def test_octets_behind_the_header_came_before_the_banner(
-    serve: Callable[..., ServerHarness],
+    serve: Callable[..., SmtpHarness],
 ) -> None:
     running = serve()
     with talking(running) as client:
@@ -97,14 +97,14 @@ def test_octets_behind_the_header_came_before_the_banner(
         assert client.closed()
 
 
-def test_a_second_header_is_a_command(serve: Callable[..., ServerHarness]) -> None:
+def test_a_second_header_is_a_command(serve: Callable[..., SmtpHarness]) -> None:
     with talking(serve()) as client:
         client.send(V1)
         client.expect(b"220")
         client.say(V1.strip(), b"500 5.5.2 Command not recognized")
 
 
-def test_without_the_option_a_header_is_a_command(run: Callable[..., ServerHarness]) -> None:
+def test_without_the_option_a_header_is_a_command(run: Callable[..., SmtpHarness]) -> None:
     with talking(run()) as client:
         client.expect(b"220")
         client.say(V1.strip(), b"500 5.5.2 Command not recognized")
@@ -112,7 +112,7 @@ def test_without_the_option_a_header_is_a_command(run: Callable[..., ServerHarne
 
 @pytest.mark.parametrize("sent", [b"EHLO client.example\r\n", b"PROXY TCP4 x\r\n", b"\x16\x03\x01"])
 def test_anything_but_a_header_closes_without_a_reply(
-    serve: Callable[..., ServerHarness], sent: bytes
+    serve: Callable[..., SmtpHarness], sent: bytes
 ) -> None:
     running, before = serve(), refusals()
     with talking(running) as client:
@@ -121,7 +121,7 @@ def test_anything_but_a_header_closes_without_a_reply(
     assert refusals() == before + 1
 
 
-def test_a_peer_that_is_no_proxy_is_closed(serve: Callable[..., ServerHarness]) -> None:
+def test_a_peer_that_is_no_proxy_is_closed(serve: Callable[..., SmtpHarness]) -> None:
     running, before = serve(), refusals()
     with talking(running, "127.0.0.2") as client:
         assert client.closed()
@@ -131,7 +131,7 @@ def test_a_peer_that_is_no_proxy_is_closed(serve: Callable[..., ServerHarness]) 
 
 @pytest.mark.parametrize("sent", [b"", V1[:20], V2[:20]])
 def test_a_header_has_a_time_limit(
-    serve: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch, sent: bytes
+    serve: Callable[..., SmtpHarness], monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
     assert proxy.HEADER_TIMEOUT == 5.0
     monkeypatch.setattr(proxy, "HEADER_TIMEOUT", 0.1)
@@ -143,7 +143,7 @@ def test_a_header_has_a_time_limit(
 
 
 def test_the_time_limit_ends_with_the_header(
-    serve: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
+    serve: Callable[..., SmtpHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proxy, "HEADER_TIMEOUT", 0.1)
     running = serve()
@@ -157,7 +157,7 @@ def test_the_time_limit_ends_with_the_header(
 
 @pytest.mark.parametrize("header", [V1, V2], ids=["v1", "v2"])
 def test_the_header_comes_before_tls(
-    serve: Callable[..., ServerHarness], tmp_path: Path, header: bytes
+    serve: Callable[..., SmtpHarness], tmp_path: Path, header: bytes
 ) -> None:
     """The client's first flight may come in one segment with the header."""
     authority = Authority(tmp_path)

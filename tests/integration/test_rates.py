@@ -5,8 +5,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from smtpd import server as module
-from tests.integration.test_smtpd import RawClient, ServerHarness, run, talking
+from reception import server as module
+from smtpd.server import SmtpConnection
+from tests.integration.test_smtpd import RawClient, SmtpHarness, run, talking
 from tests.waiting import until
 
 __all__ = ["run"]  # a fixture
@@ -19,7 +20,7 @@ def greet(client: RawClient) -> None:
     client.say(b"EHLO client.example", b"250")
 
 
-def test_past_a_limit_451_and_the_session_goes_on(run: Callable[..., ServerHarness]) -> None:
+def test_past_a_limit_451_and_the_session_goes_on(run: Callable[..., SmtpHarness]) -> None:
     running = run(rate_limits="client-messages=2 sender-recipients=3")
     with talking(running) as client:
         greet(client)
@@ -44,7 +45,7 @@ def test_past_a_limit_451_and_the_session_goes_on(run: Callable[..., ServerHarne
     assert len(message.recipients) == 3
 
 
-def test_connections_a_minute_are_limited(run: Callable[..., ServerHarness]) -> None:
+def test_connections_a_minute_are_limited(run: Callable[..., SmtpHarness]) -> None:
     running = run(rate_limits="client-connections=2")
     for _ in range(2):
         with talking(running) as client:
@@ -58,11 +59,11 @@ def test_connections_a_minute_are_limited(run: Callable[..., ServerHarness]) -> 
 
 
 def test_errors_slow_an_untrusted_client_down(
-    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., SmtpHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = run(client_networks=())
     pauses: list[float] = []
-    monkeypatch.setattr(module.SmtpConnection, "_schedule", lambda _self, s: pauses.append(s))
+    monkeypatch.setattr(SmtpConnection, "_schedule", lambda _self, s: pauses.append(s))
     with talking(running) as client:
         client.expect(b"220")
         client.send(b"FOO\r\n" * 12)
@@ -78,7 +79,7 @@ def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_patience")
 def test_the_oldest_idle_session_is_closed_for_a_new_one(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run(max_connections=3)
     with ExitStack() as stack:
@@ -98,7 +99,7 @@ def test_the_oldest_idle_session_is_closed_for_a_new_one(
 
 
 @pytest.mark.usefixtures("no_patience")
-def test_a_stranger_does_not_displace_a_trusted_client(run: Callable[..., ServerHarness]) -> None:
+def test_a_stranger_does_not_displace_a_trusted_client(run: Callable[..., SmtpHarness]) -> None:
     running = run(max_connections=4, client_networks=(TRUSTED,))
     with ExitStack() as stack:
         trusted = [stack.enter_context(talking(running)) for _ in range(4)]
@@ -111,7 +112,7 @@ def test_a_stranger_does_not_displace_a_trusted_client(run: Callable[..., Server
 
 
 def test_a_session_that_was_active_just_now_is_not_closed(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run(max_connections=1)
     with talking(running) as first, talking(running) as second:
@@ -123,7 +124,7 @@ def test_a_session_that_was_active_just_now_is_not_closed(
 
 @pytest.mark.usefixtures("no_patience")
 def test_a_transaction_is_never_closed_for_a_new_connection(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run(max_connections=1)
     with talking(running) as first:

@@ -12,13 +12,14 @@ import pytest
 
 from qmqp.client import SendOutcome
 from reception.policy import Policy
+from reception.server import Door, FrontEnd
 from reception.spooler_client import SpoolerClient
 from relay import routes as module
 from relay.listeners import Listener, parse_listen
 from relay.routes import Route, Routes
 from relay.settings import SmtpdSettings, load
 from smtpd.main import offered_size
-from smtpd.server import SmtpServer
+from smtpd.server import SmtpConnection
 from tests.integration.test_client_against_postfix import HEADER, Deliver, deliver
 from tests.postfix import Postfix
 from tests.services import ServiceError
@@ -63,16 +64,15 @@ def test_C13_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert offered == (1 << 20) - (1 << 20) // 20 - 4096
 
     async def scenario() -> None:
-        policy = Policy(settings)
+        smtp = Door("smtp", "RELAY_SMTP_LISTEN", Policy(settings), SmtpConnection)
         receiver = SimpleNamespace(spooler=SpoolerClient(never, lambda _ids, _route: None))
-        server = SmtpServer(
+        server = FrontEnd(
             asyncio.get_running_loop(),
             settings,
             cast(Any, receiver),
-            policy,
             lambda: offered_size(settings.max_message_size, routes),
         )
-        [address] = await server.listen([Listener("127.0.0.1", 0)])
+        [address] = await server.listen(smtp, [Listener("127.0.0.1", 0)])
         port = parse_listen(address)[1]
         hello, big, fits = await say(
             port,

@@ -20,136 +20,48 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from email import policy
 from email.message import EmailMessage
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import pytest
-import uvloop
 from sqlalchemy import create_engine, text
 
 from reception.policy import Policy
-from reception.receiver import BLOCK, MAX_BUFFERED, DiskThreads, Receiver
+from reception.receiver import BLOCK, MAX_BUFFERED
+from reception.server import LATE_TICK, Door, FrontEnd
 from reception.space import MIN_FREE
-from reception.spooler import Spooler
-from reception.spooler_client import SpoolerClient
 from relay.db.engine import connect, reading, writing
-from relay.listeners import Listener, parse_listen
+from relay.listeners import Listener
 from relay.queue.accept import NewMessage
 from relay.settings import SettingsError, SmtpdSettings, load
 from relay.spool.store import BodyWriter, Spool
-from relay.tls import certificate_pair
-from smtpd.server import LATE_TICK, SmtpConnection, SmtpServer
+from smtpd.server import SmtpConnection
 from smtpd.session import ENDLESS
+from tests.integration.front_end import ServerHarness
 from tests.postfix import PostfixClient
 from tests.services import ServiceError
 from tests.waiting import stands_still, until
 
 
-class FakeDatabase:
-    """Commits to a list. While `gate` is closed a COMMIT waits; `error` is raised by it."""
+class SmtpHarness(ServerHarness):
+    """A server of SMTP in a thread."""
 
-    def __init__(self) -> None:
-        self.messages: list[NewMessage] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self.taken = threading.Event()
-        self.error: Exception | None = None
-
-    def commit(self, messages: Sequence[NewMessage], _begin_by: float) -> list[None]:
-        self.taken.set()
-        self.gate.wait(20)
-        if self.error is not None:
-            raise self.error
-        self.messages.extend(messages)
-        return [None] * len(messages)
-
-
-class ServerHarness:
-    """A server in a thread."""
-
-    def __init__(
-        self,
-        spool: Spool,
-        settings: SmtpdSettings,
-        bodies_at_once: int,
-        listener: Listener = Listener("127.0.0.1", 0),  # noqa: B008 - it is immutable
-        new_loop: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
-    ) -> None:
-        self.spool, self.settings, self.bodies_at_once = spool, settings, bodies_at_once
-        self.listener = listener
-        self.certificate = certificate_pair(settings, settings.tls_client_ca)
-        self.database = FakeDatabase()
-        self.hints: list[str] = []
-        self.loop = new_loop()
-        self._ready, self._stop = threading.Event(), asyncio.Event()
-        self.drain = 0.0
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-        assert self._ready.wait(10)
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_until_complete(self._serve())
-        self.loop.close()
-
-    async def _serve(self) -> None:
-        self.spooler = SpoolerClient(self._keep, lambda ids, _route: self.hints.extend(ids))
-        await self.spooler.start()
-        self.receiver = Receiver(
-            self.spool,
-            self.spooler,
-            lambda _address: "default",
-            self.settings,
-            DiskThreads(4),
-            asyncio.Semaphore(self.bodies_at_once),
-        )
-        self.server = SmtpServer(
-            self.loop,
-            self.settings,
-            self.receiver,
-            Policy(self.settings),
-            lambda: self.settings.max_message_size,
-            certificate=self.certificate,
-        )
-        [address] = await self.server.listen([self.listener])
-        self.host, self.port = parse_listen(address.partition("/")[0])
-        self._ready.set()
-        await self._stop.wait()
-        await self.server.stop(self.drain)
-        self.database.gate.set()
-        await self.spooler.close(10.0)
-        await self.loop.run_in_executor(None, self.receiver.threads.close, 10.0)
-        await self.server.stop(0.0)
-
-    async def _keep(self, channel: socket.socket) -> None:
-        with channel:
-            await self.loop.run_in_executor(
-                None, Spooler(channel, self.spool, self.database.commit).run
-            )
-
-    def ask_to_stop(self, drain: float) -> None:
-        self.drain = drain
-        self.loop.call_soon_threadsafe(self._stop.set)
-
-    def close(self) -> None:
-        if self._thread.is_alive():
-            self.loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(30)
-        assert not self._thread.is_alive()
-        space = self.server.policy.space
-        assert (space.claimed, space.stored, space.untrusted) == (0, 0, 0), "every claim ended"
-
-    def bodies(self) -> list[str]:
-        return [path.name for path in self.spool.directory.glob("*/*")]
+    @property
+    def connections(self) -> set[SmtpConnection]:
+        return cast(set[SmtpConnection], self.server.connections)
 
     def client(self, source: str = "127.0.0.1") -> "RawClient":
         return RawClient(self.host, self.port, source)
+
+
+def smtp_door(settings: SmtpdSettings) -> Door:
+    return Door("smtp", "RELAY_SMTP_LISTEN", Policy(settings), SmtpConnection)
 
 
 class RawClient:
@@ -199,10 +111,10 @@ class RawClient:
 
 
 @pytest.fixture
-def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., ServerHarness]]:
-    running: list[ServerHarness] = []
+def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., SmtpHarness]]:
+    running: list[SmtpHarness] = []
 
-    def start(bodies_at_once: int = 100, **settings: Any) -> ServerHarness:
+    def start(bodies_at_once: int = 100, **settings: Any) -> SmtpHarness:
         how = {name: settings.pop(name) for name in ("listener", "new_loop") if name in settings}
         made = load(
             SmtpdSettings,
@@ -211,7 +123,7 @@ def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., ServerHarness]]:
             hostname="relay.example",
             **settings,
         )
-        running.append(ServerHarness(spool, made, bodies_at_once, **how))
+        running.append(SmtpHarness(spool, made, bodies_at_once, smtp_door, **how))
         return running[-1]
 
     yield start
@@ -220,7 +132,7 @@ def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., ServerHarness]]:
 
 
 @contextmanager
-def talking(running: ServerHarness, source: str = "127.0.0.1") -> Iterator[RawClient]:
+def talking(running: SmtpHarness, source: str = "127.0.0.1") -> Iterator[RawClient]:
     client = running.client(source)
     try:
         yield client
@@ -235,7 +147,7 @@ TRACE = re.compile(
 )
 
 
-def stored(running: ServerHarness, message: NewMessage) -> bytes:
+def stored(running: SmtpHarness, message: NewMessage) -> bytes:
     """The body without its trace field, which is checked."""
     body = running.spool.path(message.id).read_bytes()
     assert message.size == len(body)
@@ -251,7 +163,7 @@ SIZES = [0, 1, 100, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3_000_000]
 
 @pytest.mark.parametrize("size", SIZES)
 def test_C1_C6_bytes_are_stored_as_they_were_sent(
-    run: Callable[..., ServerHarness], size: int
+    run: Callable[..., SmtpHarness], size: int
 ) -> None:
     running = run()
     line = b".text that needs stuffing \xff\0"
@@ -270,7 +182,7 @@ def test_C1_C6_bytes_are_stored_as_they_were_sent(
     assert running.hints == [message.id]
 
 
-def test_an_ordinary_client_and_the_whole_envelope(run: Callable[..., ServerHarness]) -> None:
+def test_an_ordinary_client_and_the_whole_envelope(run: Callable[..., SmtpHarness]) -> None:
     running = run()
     with smtplib.SMTP(running.host, running.port, local_hostname="client.example") as client:
         client.ehlo()
@@ -304,7 +216,7 @@ def test_an_ordinary_client_and_the_whole_envelope(run: Callable[..., ServerHarn
     ],
 )
 def test_cr_cr_lf_is_refused_or_stripped_by_setting(
-    run: Callable[..., ServerHarness], setting: str, networks: tuple[str, ...], reply: bytes
+    run: Callable[..., SmtpHarness], setting: str, networks: tuple[str, ...], reply: bytes
 ) -> None:
     running = run(bare_cr=setting, client_networks=networks, recipient_domains=("example.org",))
     with talking(running) as client:
@@ -342,7 +254,7 @@ MAILBOX_LINES = b"From ann Mon Jan  1\n>From bob remote from c\n"
     ],
 )
 def test_the_first_line_of_the_content_never_continues_the_trace_field(
-    run: Callable[..., ServerHarness], beginning: bytes, kept: bytes, size: int
+    run: Callable[..., SmtpHarness], beginning: bytes, kept: bytes, size: int
 ) -> None:
     running = run()
     rest = b"\n" + b"From x\n\ty\n" * (size // 10)
@@ -358,7 +270,7 @@ def test_the_first_line_of_the_content_never_continues_the_trace_field(
 
 
 def test_a_long_recipient_is_accepted_and_omitted_from_the_trace_field(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run()
     long = b"srs0=" + b"x" * 950 + b"@example.org"
@@ -372,7 +284,7 @@ def test_a_long_recipient_is_accepted_and_omitted_from_the_trace_field(
     assert max(map(len, trace.split(b"\n"))) <= 998
 
 
-def test_a_trusted_client_may_leave_the_domain_out(run: Callable[..., ServerHarness]) -> None:
+def test_a_trusted_client_may_leave_the_domain_out(run: Callable[..., SmtpHarness]) -> None:
     running = run()
     with talking(running) as client:
         client.expect(b"220")
@@ -384,7 +296,7 @@ def test_a_trusted_client_may_leave_the_domain_out(run: Callable[..., ServerHarn
     assert [one.address for one in message.recipients] == ["root@relay.example"]
 
 
-def test_an_untrusted_client_must_write_the_domain(run: Callable[..., ServerHarness]) -> None:
+def test_an_untrusted_client_must_write_the_domain(run: Callable[..., SmtpHarness]) -> None:
     running = run(client_networks=(), recipient_domains=("relay.example",))
     with talking(running) as client:
         client.expect(b"220")
@@ -396,7 +308,7 @@ def test_an_untrusted_client_must_write_the_domain(run: Callable[..., ServerHarn
 
 
 def test_a_header_in_utf_8_passes_and_an_address_does_not(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run()
     mail = EmailMessage(policy=policy.SMTPUTF8)
@@ -442,7 +354,7 @@ def postfix_client() -> Iterator[Callable[[int], PostfixClient]]:
 
 
 def test_a_utf_8_header_from_postfix_sendmail_arrives(
-    run: Callable[..., ServerHarness], postfix_client: Callable[[int], PostfixClient]
+    run: Callable[..., SmtpHarness], postfix_client: Callable[[int], PostfixClient]
 ) -> None:
     running = run()
     content = "Subject: Gr\xfc\xdfe \u2603\nMessage-ID: <m@i>\n\nhello\n".encode()
@@ -455,7 +367,7 @@ def test_a_utf_8_header_from_postfix_sendmail_arrives(
 
 
 def test_the_trace_field_omits_several_recipients_and_escapes_the_client(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run()
     with talking(running) as client:
@@ -473,7 +385,7 @@ def test_the_trace_field_omits_several_recipients_and_escapes_the_client(
     assert (message.sender, message.helo) == ("", "evil(host)")
 
 
-def test_C19_two_messages_in_one_packet(run: Callable[..., ServerHarness]) -> None:
+def test_C19_two_messages_in_one_packet(run: Callable[..., SmtpHarness]) -> None:
     running = run()
     with talking(running) as client:
         client.begin()
@@ -490,7 +402,7 @@ def test_C19_two_messages_in_one_packet(run: Callable[..., ServerHarness]) -> No
     ]
 
 
-def test_C2_smuggled_content_leaves_no_body(run: Callable[..., ServerHarness]) -> None:
+def test_C2_smuggled_content_leaves_no_body(run: Callable[..., SmtpHarness]) -> None:
     running = run()
     with talking(running) as client:
         client.begin()
@@ -500,7 +412,7 @@ def test_C2_smuggled_content_leaves_no_body(run: Callable[..., ServerHarness]) -
     assert running.database.messages == []
 
 
-def test_C12_content_over_the_limit_is_removed(run: Callable[..., ServerHarness]) -> None:
+def test_C12_content_over_the_limit_is_removed(run: Callable[..., SmtpHarness]) -> None:
     running = run(max_message_size=4 * BLOCK)
     with talking(running) as client:
         client.begin()
@@ -513,19 +425,19 @@ def test_C12_content_over_the_limit_is_removed(run: Callable[..., ServerHarness]
 
 
 def test_C20_a_client_that_disconnects_in_its_message_leaves_no_body(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run()
     with talking(running) as client:
         client.begin()
         client.send(b"x" * 3 * BLOCK)
         until(running.bodies)
-    until(lambda: not running.bodies() and not running.server.connections)
+    until(lambda: not running.bodies() and not running.connections)
     assert running.database.messages == []
 
 
 def test_C21_a_client_disconnects_before_its_message_is_committed(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run()
     running.database.gate.clear()
@@ -541,7 +453,7 @@ def test_C21_a_client_disconnects_before_its_message_is_committed(
         third.begin()
         third.send(b"third\r\n.\r\n")
         third.close()
-        until(lambda: len(running.server.connections) == 2)
+        until(lambda: len(running.connections) == 2)
         running.database.gate.set()
         first.expect(b"250 2.0.0")
         second.expect(b"250 2.0.0")
@@ -553,7 +465,7 @@ def test_C21_a_client_disconnects_before_its_message_is_committed(
 
 
 def test_C23_after_the_deadline_451_and_only_an_unknown_commit_keeps_its_body(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run(accept_deadline=0.5)
     running.database.gate.clear()
@@ -572,7 +484,7 @@ def test_C23_after_the_deadline_451_and_only_an_unknown_commit_keeps_its_body(
 
 
 def test_C23_a_row_that_the_database_refuses_is_451_and_leaves_no_body(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run()
     running.database.error = ValueError("secret reason")
@@ -595,7 +507,7 @@ def test_C23_a_row_that_the_database_refuses_is_451_and_leaves_no_body(
 @pytest.mark.parametrize("size", [100, 3 * BLOCK])
 @pytest.mark.parametrize("call", ["write", "fdatasync", "create"])
 def test_C22_disk_faults_are_temporary_and_leave_no_body(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
     monkeypatch: pytest.MonkeyPatch,
     number: int,
     reply: bytes,
@@ -627,7 +539,7 @@ def test_C22_disk_faults_are_temporary_and_leave_no_body(
 
 
 def test_a_slow_disk_pauses_reading_so_memory_stays_bounded(
-    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., SmtpHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
     append = BodyWriter.append
@@ -645,7 +557,7 @@ def test_a_slow_disk_pauses_reading_so_memory_stays_bounded(
             target=client.send, args=((b"x" * 998 + b"\r\n") * (size // 1000) + b".\r\n",)
         )
         sender.start()
-        [connection] = running.server.connections
+        [connection] = running.connections
         until(lambda: connection.reading_paused)
         reception = connection.reception
         assert reception is not None
@@ -657,7 +569,7 @@ def test_a_slow_disk_pauses_reading_so_memory_stays_bounded(
     assert len(stored(running, message)) == size // 1000 * 999
 
 
-def test_C26_limits_on_connections(run: Callable[..., ServerHarness]) -> None:
+def test_C26_limits_on_connections(run: Callable[..., SmtpHarness]) -> None:
     running = run(max_connections=3, max_connections_per_client=2)
     with talking(running) as one, talking(running) as two:
         one.expect(b"220")
@@ -665,11 +577,11 @@ def test_C26_limits_on_connections(run: Callable[..., ServerHarness]) -> None:
         with talking(running) as three:
             three.expect(b"421 4.7.0")
             assert three.closed()
-        until(lambda: len(running.server.connections) == 2)
-    until(lambda: not running.server.connections and not running.server.clients)
+        until(lambda: len(running.connections) == 2)
+    until(lambda: not running.connections and not running.server.clients)
 
 
-def test_C26_over_all_connections(run: Callable[..., ServerHarness]) -> None:
+def test_C26_over_all_connections(run: Callable[..., SmtpHarness]) -> None:
     running = run(max_connections=1)
     with talking(running) as one, talking(running) as two:
         one.expect(b"220")
@@ -678,7 +590,7 @@ def test_C26_over_all_connections(run: Callable[..., ServerHarness]) -> None:
 
 
 def test_C26_a_quarter_of_the_connections_is_reserved_for_trusted_clients(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run(max_connections=4, **CLOSED)
     with ExitStack() as stack:
@@ -697,9 +609,9 @@ def test_C26_a_quarter_of_the_connections_is_reserved_for_trusted_clients(
         stack.enter_context(talking(running, "127.0.0.3")).expect(b"220")
 
 
-def test_C26_a_network_of_ipv6_addresses_is_one_client(run: Callable[..., ServerHarness]) -> None:
+def test_C26_a_network_of_ipv6_addresses_is_one_client(run: Callable[..., SmtpHarness]) -> None:
     running = run(max_connections_per_client=2)
-    server, client = running.server, running.server.policy.client
+    server, client = running.server, running.policy.client
     let_in = [client("2001:db8::1"), client("2001:db8::2"), client("2001:db8:0:1::1")]
     assert server.admit(let_in[0]) is server.admit(let_in[1]) is None
     assert (server.admit(client("2001:db8:0:0:ffff::3")) or "").startswith("421 4.7.0")
@@ -709,7 +621,7 @@ def test_C26_a_network_of_ipv6_addresses_is_one_client(run: Callable[..., Server
     assert (server.admitted, server.untrusted, server.clients) == (0, 0, {})
 
 
-def test_large_messages_wait_for_a_descriptor(run: Callable[..., ServerHarness]) -> None:
+def test_large_messages_wait_for_a_descriptor(run: Callable[..., SmtpHarness]) -> None:
     running = run(bodies_at_once=1)
     content = (b"x" * 998 + b"\r\n") * 4000
     with ExitStack() as stack:
@@ -717,18 +629,18 @@ def test_large_messages_wait_for_a_descriptor(run: Callable[..., ServerHarness])
         first.begin()
         first.send(content)
         until(running.bodies)
-        others = {one for one in tuple(running.server.connections) if one.reception}
+        others = {one for one in tuple(running.connections) if one.reception}
         gone.begin()
-        [connection] = {one for one in tuple(running.server.connections) if one.reception} - others
+        [connection] = {one for one in tuple(running.connections) if one.reception} - others
         gone.send(content[: 3 * BLOCK])
         until(partial(has_read, connection, gone))
         gone.close()
-        until(lambda: connection not in running.server.connections)
+        until(lambda: connection not in running.connections)
         second.begin()
         sender = threading.Thread(target=second.send, args=(content + b".\r\n",))
         sender.start()
         stack.callback(sender.join)
-        until(lambda: any(one.reading_paused for one in tuple(running.server.connections)))
+        until(lambda: any(one.reading_paused for one in tuple(running.connections)))
         small.begin()
         small.say(b"x\r\n.", b"250")
         assert len(running.bodies()) == 2
@@ -742,7 +654,7 @@ def test_large_messages_wait_for_a_descriptor(run: Callable[..., ServerHarness])
     until(lambda: running.receiver.descriptors.locked() is False)
 
 
-def test_C26_a_silent_client_gets_421(run: Callable[..., ServerHarness]) -> None:
+def test_C26_a_silent_client_gets_421(run: Callable[..., SmtpHarness]) -> None:
     running = run(smtp_timeout=0.3)
     with talking(running) as silent, talking(running) as halfway:
         halfway.begin()
@@ -750,7 +662,7 @@ def test_C26_a_silent_client_gets_421(run: Callable[..., ServerHarness]) -> None
         silent.expect(b"220", b"421 4.4.2")
         assert silent.closed()
         halfway.expect(b"421 4.4.2")
-    until(lambda: not running.server.connections and not running.bodies())
+    until(lambda: not running.connections and not running.bodies())
 
 
 def has_read(connection: SmtpConnection, client: RawClient) -> bool:
@@ -768,7 +680,7 @@ CLOSED = {"client_networks": ("127.0.0.1",), "recipient_domains": ("example.org"
 
 
 def test_unfinished_messages_of_untrusted_clients_leave_space_for_trusted_clients(
-    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., SmtpHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = run(**CLOSED)
     capacity = 4_000_000
@@ -785,11 +697,11 @@ def test_unfinished_messages_of_untrusted_clients_leave_space_for_trusted_client
         for n, stranger in enumerate(strangers, 1):
             stranger.begin()
             [connection] = [
-                one for one in running.server.connections if one.client.address == f"127.0.1.{n}"
+                one for one in running.connections if one.client.address == f"127.0.1.{n}"
             ]
             stranger.send((b"x" * 998 + b"\r\n") * 800)
             until(partial(has_read, connection, stranger))
-        assert running.server.policy.space.untrusted <= capacity * 3 / 4, "all of them"
+        assert running.policy.space.untrusted <= capacity * 3 / 4, "all of them"
         again = stack.enter_context(talking(running, "127.0.1.1"))
         again.expect(b"220")
         again.send(b"EHLO x\r\nMAIL FROM:<a@example.com> SIZE=300000\r\n")
@@ -814,7 +726,7 @@ def test_unfinished_messages_of_untrusted_clients_leave_space_for_trusted_client
 
 
 def test_content_that_cannot_be_stored_is_not_read_for_ever(
-    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., SmtpHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = run()
     found = SimpleNamespace(f_files=0, f_favail=0, f_bavail=MIN_FREE + 100_000, f_frsize=1)
@@ -828,7 +740,7 @@ def test_content_that_cannot_be_stored_is_not_read_for_ever(
     until(lambda: not running.bodies())
 
 
-def test_content_behind_a_fault_is_not_read_for_ever(run: Callable[..., ServerHarness]) -> None:
+def test_content_behind_a_fault_is_not_read_for_ever(run: Callable[..., SmtpHarness]) -> None:
     running = run()
     with talking(running) as client:
         client.begin()
@@ -840,7 +752,7 @@ def test_content_behind_a_fault_is_not_read_for_ever(run: Callable[..., ServerHa
 
 
 def test_C26_the_timeout_covers_a_whole_command(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run(smtp_timeout=1.0)
     with talking(running) as client:
@@ -859,7 +771,7 @@ def test_C26_the_timeout_covers_a_whole_command(
         dripping.join()
 
 
-def test_C26_a_transaction_has_a_time_limit(run: Callable[..., ServerHarness]) -> None:
+def test_C26_a_transaction_has_a_time_limit(run: Callable[..., SmtpHarness]) -> None:
     running = run(session_timeout=0.5)
     with talking(running) as idle, talking(running) as endless:
         endless.begin()
@@ -870,7 +782,7 @@ def test_C26_a_transaction_has_a_time_limit(run: Callable[..., ServerHarness]) -
         idle.say(b"EHLO x", b"250")
         for _ in range(3):  # each transaction has its own time
             idle.say(b"MAIL FROM:<a@b.example>", b"250")
-            [connection] = running.server.connections
+            [connection] = running.connections
             envelope = connection.session.envelope
             assert envelope is not None
             assert envelope.started > time.monotonic() - 0.4
@@ -880,13 +792,13 @@ def test_C26_a_transaction_has_a_time_limit(run: Callable[..., ServerHarness]) -
 
 @pytest.mark.parametrize("source", [STRANGER, "127.0.0.1"])
 def test_C26_an_untrusted_client_must_send_at_the_minimum_rate(
-    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch, source: str
+    run: Callable[..., SmtpHarness], monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     monkeypatch.setattr("smtpd.server.RATE_WINDOW", 0.5)
     running = run(**CLOSED)
     with talking(running, source) as client:
         client.begin()
-        [connection] = running.server.connections
+        [connection] = running.connections
         client.send(b"x" * 100)
         if source == STRANGER:
             client.expect(b"421 4.4.2 Message comes too slowly")
@@ -897,13 +809,13 @@ def test_C26_an_untrusted_client_must_send_at_the_minimum_rate(
 
 
 def test_input_that_has_arrived_is_read_before_a_deadline_counts(
-    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., SmtpHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running = run()
-    overdue, sent, tick = threading.Event(), threading.Event(), SmtpServer.tick
+    overdue, sent, tick = threading.Event(), threading.Event(), FrontEnd.tick
 
-    def ticked(server: SmtpServer) -> None:
-        [connection] = server.connections
+    def ticked(server: FrontEnd) -> None:
+        [connection] = running.connections
         if not overdue.is_set():
             connection.deadline = 0.0
             overdue.set()
@@ -913,7 +825,7 @@ def test_input_that_has_arrived_is_read_before_a_deadline_counts(
 
     with talking(running) as client:
         client.expect(b"220")
-        monkeypatch.setattr(SmtpServer, "tick", ticked)
+        monkeypatch.setattr(FrontEnd, "tick", ticked)
         assert overdue.wait(10)
         client.send(b"NOOP\r\n")
         sent.set()
@@ -921,17 +833,17 @@ def test_input_that_has_arrived_is_read_before_a_deadline_counts(
 
 
 def test_a_late_clock_tick_ends_no_session(
-    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., SmtpHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(smtp_timeout=2.0)
     seen: list[str] = []
-    tick, look = SmtpServer.tick, SmtpServer.check_deadlines
+    tick, look = FrontEnd.tick, FrontEnd.check_deadlines
 
-    def ticked(server: SmtpServer) -> None:
+    def ticked(server: FrontEnd) -> None:
         seen.append("tick")
         tick(server)
 
-    def checked(server: SmtpServer, now: float) -> None:
+    def checked(server: FrontEnd, now: float) -> None:
         look(server, now)
         if "stopped" not in seen:
             seen.append("stopped")
@@ -939,23 +851,23 @@ def test_a_late_clock_tick_ends_no_session(
         else:
             seen.append("look")
 
-    monkeypatch.setattr(SmtpServer, "tick", ticked)
-    monkeypatch.setattr(SmtpServer, "check_deadlines", checked)
+    monkeypatch.setattr(FrontEnd, "tick", ticked)
+    monkeypatch.setattr(FrontEnd, "check_deadlines", checked)
     until(lambda: "look" in seen)
     assert seen[seen.index("stopped") + 1 :][:2] == ["tick", "tick"], "the first one was late"
 
 
 def test_C26_a_client_that_never_reads_is_aborted(
-    run: Callable[..., ServerHarness], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., SmtpHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smtpd.server.LINGER_TIMEOUT", 0.1)
+    monkeypatch.setattr("reception.connection.LINGER_TIMEOUT", 0.1)
     running = run(smtp_timeout=0.4)
     with talking(running) as client:
         client.expect(b"220")
         client.socket.settimeout(0.2)
         with pytest.raises(OSError):
             client.send(b"HELP\r\n" * 20_000_000)
-        until(lambda: not running.server.connections)
+        until(lambda: not running.connections)
 
 
 FLOOD = """
@@ -976,14 +888,14 @@ while True:
 
 
 def test_a_flood_of_commands_does_not_delay_other_clients(
-    run: Callable[..., ServerHarness], spawn: Callable[..., subprocess.Popen[Any]]
+    run: Callable[..., SmtpHarness], spawn: Callable[..., subprocess.Popen[Any]]
 ) -> None:
     running = run()
     flood = spawn([sys.executable, "-c", FLOOD, str(running.port)], stdout=subprocess.PIPE)
     assert flood.stdout is not None
     assert flood.stdout.readline() == b"flooding\n"
     until(
-        lambda: sum(one.session.lines > 10_000 for one in tuple(running.server.connections)) == 4,
+        lambda: sum(one.session.lines > 10_000 for one in tuple(running.connections)) == 4,
         60,
     )
     for _ in range(5):
@@ -995,12 +907,12 @@ def test_a_flood_of_commands_does_not_delay_other_clients(
 
 
 def test_unread_replies_exceed_the_buffer_by_at_most_one_turn(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run()
     with talking(running) as client:
         client.expect(b"220")
-        [connection] = running.server.connections
+        [connection] = running.connections
         client.socket.settimeout(0.2)
         with pytest.raises(TimeoutError):
             client.send(b"EHLO client.example\r\n" * 5_000_000)
@@ -1015,7 +927,7 @@ def test_unread_replies_exceed_the_buffer_by_at_most_one_turn(
         assert server_reply > 5000, "the client can still read all of them"
 
 
-def test_C19_input_before_the_banner_is_refused(run: Callable[..., ServerHarness]) -> None:
+def test_C19_input_before_the_banner_is_refused(run: Callable[..., SmtpHarness]) -> None:
     running = run()
     held = threading.Event()
     running.loop.call_soon_threadsafe(held.wait, 10)
@@ -1026,7 +938,7 @@ def test_C19_input_before_the_banner_is_refused(run: Callable[..., ServerHarness
         assert client.closed()
 
 
-def test_C28_an_untrusted_client_cannot_relay(run: Callable[..., ServerHarness]) -> None:
+def test_C28_an_untrusted_client_cannot_relay(run: Callable[..., SmtpHarness]) -> None:
     running = run(client_networks=("192.0.2.0/24",), recipient_domains=("ours.example",))
     with smtplib.SMTP(running.host, running.port) as client:
         with pytest.raises(smtplib.SMTPRecipientsRefused) as caught:
@@ -1036,7 +948,7 @@ def test_C28_an_untrusted_client_cannot_relay(run: Callable[..., ServerHarness])
     assert [message.client_trusted for message in running.database.messages] == [False]
 
 
-def test_the_row_says_whether_the_client_is_trusted(run: Callable[..., ServerHarness]) -> None:
+def test_the_row_says_whether_the_client_is_trusted(run: Callable[..., SmtpHarness]) -> None:
     running = run()
     with smtplib.SMTP(running.host, running.port) as client:
         client.sendmail("a@example.com", ["b@example.org"], b"x\r\n")
@@ -1044,7 +956,7 @@ def test_the_row_says_whether_the_client_is_trusted(run: Callable[..., ServerHar
 
 
 def test_stopping_lets_a_transaction_finish_and_closes_idle_sessions(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
 ) -> None:
     running = run()
     with talking(running) as idle, talking(running) as busy:
@@ -1060,7 +972,7 @@ def test_stopping_lets_a_transaction_finish_and_closes_idle_sessions(
     assert len(running.database.messages) == 1
 
 
-def test_stopping_does_not_wait_for_ever(run: Callable[..., ServerHarness]) -> None:
+def test_stopping_does_not_wait_for_ever(run: Callable[..., SmtpHarness]) -> None:
     running = run()
     with talking(running) as client:
         client.begin()
@@ -1072,10 +984,10 @@ def test_stopping_does_not_wait_for_ever(run: Callable[..., ServerHarness]) -> N
     until(lambda: not running.bodies())
 
 
-def test_a_taken_port_names_the_address_and_the_setting(run: Callable[..., ServerHarness]) -> None:
+def test_a_taken_port_names_the_address_and_the_setting(run: Callable[..., SmtpHarness]) -> None:
     running = run()
     listening = asyncio.run_coroutine_threadsafe(
-        running.server.listen([Listener(running.host, running.port)]), running.loop
+        running.server.listen(running.door, [Listener(running.host, running.port)]), running.loop
     )
     with pytest.raises(SettingsError, match=rf"{running.host}:{running.port}.*RELAY_SMTP_LISTEN"):
         listening.result(10)
@@ -1083,6 +995,7 @@ def test_a_taken_port_names_the_address_and_the_setting(run: Callable[..., Serve
 
 PROGRAM = """
 from relay.log import configure
+from relay.listeners import Listener
 from relay.settings import SmtpdSettings, load
 from smtpd.main import run
 settings = load(SmtpdSettings)

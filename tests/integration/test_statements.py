@@ -28,7 +28,7 @@ from tests.state_guard import unguarded
 
 ROOT = Path(__file__).parents[2]
 DATABASES = ("postgresql", "sqlite")
-ROOMS = ("relay", "worker", "reception", "smtpd", "commands", "migrations", "qmqp")
+ROOMS = ("relay", "worker", "reception", "smtpd", "qmqpd", "commands", "migrations", "qmqp")
 # A time so many seconds after now.
 AFTER = {
     "postgresql": "(now() + {} * interval '1 second')",

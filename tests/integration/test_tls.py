@@ -20,11 +20,12 @@ import uvloop
 from reception import handshake
 from relay import metrics
 from relay.listeners import Listener
+from smtpd.server import SmtpConnection
 from tests.certificates import Authority
-from tests.integration.test_smtpd import RawClient, ServerHarness, run, talking
+from tests.content_model import model
+from tests.integration.test_smtpd import RawClient, SmtpHarness, run, talking
 from tests.postfix import PostfixClient
 from tests.services import ServiceError
-from tests.unit.test_content import model
 from tests.waiting import until
 
 __all__ = ["run"]  # a fixture
@@ -45,8 +46,8 @@ def pair(authority: Authority, tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture(params=LOOPS)
 def serve(
-    request: pytest.FixtureRequest, run: Callable[..., ServerHarness], pair: tuple[Path, Path]
-) -> Callable[..., ServerHarness]:
+    request: pytest.FixtureRequest, run: Callable[..., SmtpHarness], pair: tuple[Path, Path]
+) -> Callable[..., SmtpHarness]:
     """Runs a server that has a certificate, on each event loop."""
     certificate, key = pair
     return functools.partial(
@@ -56,7 +57,7 @@ def serve(
 
 @contextmanager
 def speaking_tls(
-    running: ServerHarness, context: ssl.SSLContext, *, source: str = "127.0.0.1"
+    running: SmtpHarness, context: ssl.SSLContext, *, source: str = "127.0.0.1"
 ) -> Iterator[RawClient]:
     """A client after its handshake: at the banner of an implicit listener, else after STARTTLS."""
     with talking(running, source) as client:
@@ -81,7 +82,7 @@ def send(client: RawClient, *, banner: bool) -> None:
 
 @pytest.mark.parametrize("listener", [Listener("127.0.0.1", 0), IMPLICIT], ids=str)
 def test_a_message_over_tls_says_so_in_its_trace_field_and_its_row(
-    serve: Callable[..., ServerHarness], authority: Authority, listener: Listener
+    serve: Callable[..., SmtpHarness], authority: Authority, listener: Listener
 ) -> None:
     running = serve(listener=listener)
     with speaking_tls(running, authority.client_context()) as client:
@@ -104,7 +105,7 @@ def test_a_message_over_tls_says_so_in_its_trace_field_and_its_row(
 
 
 def test_a_session_begins_anew_after_starttls(
-    serve: Callable[..., ServerHarness], authority: Authority
+    serve: Callable[..., SmtpHarness], authority: Authority
 ) -> None:
     running = serve()
     with speaking_tls(running, authority.client_context()) as client:
@@ -128,7 +129,7 @@ def test_a_session_begins_anew_after_starttls(
     ],
 )
 def test_plain_text_behind_starttls_is_discarded(
-    serve: Callable[..., ServerHarness], authority: Authority, injected: bytes
+    serve: Callable[..., SmtpHarness], authority: Authority, injected: bytes
 ) -> None:
     """CVE-2011-0411: a man in the middle puts commands behind STARTTLS."""
     running = serve()
@@ -148,7 +149,7 @@ def test_plain_text_behind_starttls_is_discarded(
 
 
 def test_commands_in_the_record_behind_the_handshake_are_obeyed_after_starttls(
-    serve: Callable[..., ServerHarness], authority: Authority
+    serve: Callable[..., SmtpHarness], authority: Authority
 ) -> None:
     running = serve()
     with talking(running) as client:
@@ -162,7 +163,7 @@ def test_commands_in_the_record_behind_the_handshake_are_obeyed_after_starttls(
 
 
 def test_a_client_that_sends_before_the_banner_is_refused_over_tls_too(
-    serve: Callable[..., ServerHarness], authority: Authority
+    serve: Callable[..., SmtpHarness], authority: Authority
 ) -> None:
     running = serve(listener=IMPLICIT)
     with talking(running) as client:
@@ -206,7 +207,7 @@ def decrypted(client: RawClient, tls: ssl.SSLObject) -> bytes:
     return text
 
 
-def test_starttls_has_its_place(serve: Callable[..., ServerHarness]) -> None:
+def test_starttls_has_its_place(serve: Callable[..., SmtpHarness]) -> None:
     running = serve()
     with talking(running) as client:
         client.expect(b"220")
@@ -222,7 +223,7 @@ def test_starttls_has_its_place(serve: Callable[..., ServerHarness]) -> None:
         client.say(b"STARTTLS", b"220")
 
 
-def test_without_a_certificate_starttls_is_unknown(run: Callable[..., ServerHarness]) -> None:
+def test_without_a_certificate_starttls_is_unknown(run: Callable[..., SmtpHarness]) -> None:
     with talking(run()) as client:
         client.expect(b"220")
         client.send(b"EHLO client.example\r\n")
@@ -233,7 +234,7 @@ def test_without_a_certificate_starttls_is_unknown(run: Callable[..., ServerHarn
 @pytest.mark.parametrize("listener", [Listener("127.0.0.1", 0), IMPLICIT], ids=str)
 @pytest.mark.parametrize("sent", [b"", b"EHLO plain.example\r\nQUIT\r\n", b"\x16\x03\x01\x00"])
 def test_a_handshake_that_does_not_end_or_is_none_closes_the_connection(
-    serve: Callable[..., ServerHarness],
+    serve: Callable[..., SmtpHarness],
     monkeypatch: pytest.MonkeyPatch,
     listener: Listener,
     sent: bytes,
@@ -254,7 +255,7 @@ def test_a_handshake_that_does_not_end_or_is_none_closes_the_connection(
 
 
 def test_a_connection_in_its_handshake_counts_and_ends_with_the_server(
-    serve: Callable[..., ServerHarness],
+    serve: Callable[..., SmtpHarness],
 ) -> None:
     running = serve(listener=IMPLICIT, max_connections_per_client=1)
     with talking(running) as first, talking(running) as second:
@@ -265,7 +266,7 @@ def test_a_connection_in_its_handshake_counts_and_ends_with_the_server(
 
 
 def test_a_client_that_leaves_in_its_handshake_leaves_nothing(
-    serve: Callable[..., ServerHarness],
+    serve: Callable[..., SmtpHarness],
 ) -> None:
     running = serve(listener=IMPLICIT)
     with talking(running):
@@ -275,7 +276,7 @@ def test_a_client_that_leaves_in_its_handshake_leaves_nothing(
 
 @pytest.mark.parametrize("listener", [Listener("127.0.0.1", 0), IMPLICIT], ids=str)
 def test_a_large_message_passes_and_reading_pauses(
-    serve: Callable[..., ServerHarness], authority: Authority, listener: Listener
+    serve: Callable[..., SmtpHarness], authority: Authority, listener: Listener
 ) -> None:
     running = serve(listener=listener)
     content = (b"x" * 998 + b"\r\n") * 6000
@@ -292,7 +293,7 @@ def test_a_large_message_passes_and_reading_pauses(
 
 
 def test_replies_that_are_not_read_pause_the_session(
-    serve: Callable[..., ServerHarness], authority: Authority
+    serve: Callable[..., SmtpHarness], authority: Authority
 ) -> None:
     running = serve(listener=IMPLICIT)
     with speaking_tls(running, authority.client_context()) as client:
@@ -300,6 +301,7 @@ def test_replies_that_are_not_read_pause_the_session(
         sender = threading.Thread(target=client.send, args=(b"NOOP\r\n" * 400_000,))
         sender.start()
         [connection] = running.server.connections
+        assert isinstance(connection, SmtpConnection)
         until(lambda: connection.session.halted or not sender.is_alive(), 30)
         for _ in range(400_000):
             client.expect(b"250")
@@ -309,7 +311,7 @@ def test_replies_that_are_not_read_pause_the_session(
 
 
 def test_stopping_sends_421_over_tls(
-    serve: Callable[..., ServerHarness], authority: Authority
+    serve: Callable[..., SmtpHarness], authority: Authority
 ) -> None:
     running = serve(listener=IMPLICIT)
     with speaking_tls(running, authority.client_context()) as client:
@@ -323,7 +325,7 @@ def test_stopping_sends_421_over_tls(
 
 
 def test_a_client_certificate_of_the_authority_may_relay(
-    serve: Callable[..., ServerHarness], tmp_path: Path, authority: Authority
+    serve: Callable[..., SmtpHarness], tmp_path: Path, authority: Authority
 ) -> None:
     clients = Authority(tmp_path, "clients")
     own = clients.sign("app.example", common_name="app").write(tmp_path / "app")
@@ -368,7 +370,7 @@ def transfer(client: RawClient, pieces: list[bytes]) -> bytes:
 
 
 @contextmanager
-def greeted(running: ServerHarness, authority: Authority, *, tls: bool) -> Iterator[RawClient]:
+def greeted(running: SmtpHarness, authority: Authority, *, tls: bool) -> Iterator[RawClient]:
     if tls:
         with speaking_tls(running, authority.client_context()) as client:
             client.say(b"EHLO client.example", b"250")
@@ -380,7 +382,7 @@ def greeted(running: ServerHarness, authority: Authority, *, tls: bool) -> Itera
             yield client
 
 
-def judge(running: ServerHarness, wire: bytes, reply: bytes) -> None:
+def judge(running: SmtpHarness, wire: bytes, reply: bytes) -> None:
     expected = model(wire)
     assert expected is not None
     assert expected[1] == b"", "the message has one end"
@@ -396,7 +398,7 @@ def judge(running: ServerHarness, wire: bytes, reply: bytes) -> None:
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_C2_no_sequence_of_cr_lf_nul_and_dot_smuggles_a_message(
-    run: Callable[..., ServerHarness], pair: tuple[Path, Path], authority: Authority, tls: bool
+    run: Callable[..., SmtpHarness], pair: tuple[Path, Path], authority: Authority, tls: bool
 ) -> None:
     running = run(tls_certificate=pair[0], tls_key=pair[1])
     with greeted(running, authority, tls=tls) as client:
@@ -407,15 +409,16 @@ def test_C2_no_sequence_of_cr_lf_nul_and_dot_smuggles_a_message(
             running.server.loop.call_soon_threadsafe(_forgive, running)
 
 
-def _forgive(running: ServerHarness) -> None:
+def _forgive(running: SmtpHarness) -> None:
     for connection in running.server.connections:
+        assert isinstance(connection, SmtpConnection)
         connection.session._errors = 0  # noqa: SLF001
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 @pytest.mark.parametrize("sequence", HOSTILE)
 def test_C2_a_smuggled_end_is_refused_however_it_is_cut(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
     pair: tuple[Path, Path],
     authority: Authority,
     sequence: bytes,
@@ -446,7 +449,7 @@ def command(*words: str | Path, **options: Any) -> str:
     return output
 
 
-def by_openssl(running: ServerHarness, authority: Authority) -> None:
+def by_openssl(running: SmtpHarness, authority: Authority) -> None:
     if shutil.which("openssl") is None:
         pytest.skip("no openssl on this machine")
     words: list[str | Path] = [
@@ -471,7 +474,7 @@ def by_openssl(running: ServerHarness, authority: Authority) -> None:
         assert b"\n221 2.0.0" in client.stdout.read()
 
 
-def by_curl(running: ServerHarness, authority: Authority) -> None:
+def by_curl(running: SmtpHarness, authority: Authority) -> None:
     scheme = "smtps" if running.listener.tls else "smtp"
     command(
         "curl", "-sS", "--ssl-reqd", "--cacert", authority.bundle, "--crlf",
@@ -480,7 +483,7 @@ def by_curl(running: ServerHarness, authority: Authority) -> None:
     )  # fmt: skip
 
 
-def by_swaks(running: ServerHarness, authority: Authority) -> None:
+def by_swaks(running: SmtpHarness, authority: Authority) -> None:
     mode = "--tls-on-connect" if running.listener.tls else "--tls"
     command(
         "swaks", mode, "--tls-verify", "--tls-ca-path", authority.bundle, "--server", "localhost",
@@ -489,7 +492,7 @@ def by_swaks(running: ServerHarness, authority: Authority) -> None:
     )  # fmt: skip
 
 
-def by_msmtp(running: ServerHarness, authority: Authority) -> None:
+def by_msmtp(running: SmtpHarness, authority: Authority) -> None:
     command(
         "msmtp", "--host=localhost", f"--port={running.port}", "--tls=on",
         f"--tls-starttls={'off' if running.listener.tls else 'on'}", "--from=a@example.com",
@@ -498,7 +501,7 @@ def by_msmtp(running: ServerHarness, authority: Authority) -> None:
     )  # fmt: skip
 
 
-def by_smtplib(running: ServerHarness, authority: Authority) -> None:
+def by_smtplib(running: SmtpHarness, authority: Authority) -> None:
     context = authority.client_context()
     if running.listener.tls:
         client: smtplib.SMTP = smtplib.SMTP_SSL("localhost", running.port, context=context)
@@ -509,7 +512,7 @@ def by_smtplib(running: ServerHarness, authority: Authority) -> None:
         client.sendmail("a@example.com", ["b@example.org"], b"Subject: x\r\n\r\nbody\r\n")
 
 
-def by_postfix(running: ServerHarness, authority: Authority) -> None:
+def by_postfix(running: SmtpHarness, authority: Authority) -> None:
     wrapper = "yes" if running.listener.tls else "no"
     try:
         postfix = PostfixClient(
@@ -533,11 +536,11 @@ def by_postfix(running: ServerHarness, authority: Authority) -> None:
     "deliver", [by_openssl, by_curl, by_swaks, by_msmtp, by_smtplib, by_postfix]
 )
 def test_real_clients_verify_the_certificate_and_send(
-    run: Callable[..., ServerHarness],
+    run: Callable[..., SmtpHarness],
     pair: tuple[Path, Path],
     authority: Authority,
     listener: Listener,
-    deliver: Callable[[ServerHarness, Authority], None],
+    deliver: Callable[[SmtpHarness, Authority], None],
 ) -> None:
     running = run(listener=listener, tls_certificate=pair[0], tls_key=pair[1])
     deliver(running, authority)

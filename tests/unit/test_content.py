@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smtpd.content import MAX_RECEIVED, Content, Fault
+from reception.header import MAX_RECEIVED
+from smtpd.content import Content, Fault
+from tests.content_model import model
 
 LIMIT = 1 << 20
 
@@ -21,19 +23,6 @@ def encode(text: bytes) -> bytes:
         b"".join((b"." if line.startswith(b".") else b"") + line + b"\r\n" for line in lines)
         + b".\r\n"
     )
-
-
-def model(wire: bytes, *, strip_cr: bool = False) -> tuple[bytes | None, bytes] | None:
-    """Decodes line by line: the text (None: a bare CR or LF in it) and the rest; None if there is
-    no end."""
-    end = (b"\r\n" + wire).find(b"\r\n.\r\n")
-    if end < 0:
-        return None
-    content, rest = wire[:end], wire[end + 3 :]
-    lines = content.split(b"\r\n")[:-1]
-    if re.search(rb"\n" if strip_cr else rb"[\r\n]", b"".join(lines)):
-        return None, rest
-    return b"".join(line.removeprefix(b".").replace(b"\r", b"") + b"\n" for line in lines), rest
 
 
 def decode(
@@ -196,7 +185,7 @@ def test_cr_cr_lf_becomes_one_line_end() -> None:
             b"QUIT\r\n",
             None,
         )
-        assert content.header_message_id == "<a@b>"
+        assert content.header.message_id == "<a@b>"
 
 
 def test_crs_that_are_stripped_count_towards_the_limit() -> None:
@@ -312,7 +301,7 @@ def test_the_message_id_is_read_from_the_header_alone(header: bytes, found: str 
     wire = header + b"\r\nMessage-ID: <body@b>\r\n.\r\n"
     for size in (1, 3, 16, len(wire)):
         content, _, _ = decode(wire[i : i + size] for i in range(0, len(wire), size))
-        assert content.header_message_id == found
+        assert content.header.message_id == found
 
 
 @pytest.mark.parametrize("blank", [b" ", b"\t"])
@@ -325,7 +314,7 @@ def test_content_that_begins_with_a_continuation_has_no_header(blank: bytes) -> 
     )
     for size in (1, 3, len(wire)):
         content, _, _ = decode(wire[i : i + size] for i in range(0, len(wire), size))
-        assert (content.header_message_id, content.fault) == (None, None)
+        assert (content.header.message_id, content.fault) == (None, None)
 
 
 def test_only_one_unfinished_header_line_is_kept_and_bounded() -> None:

@@ -13,6 +13,7 @@ ROOMS = (
     "relay",
     "reception",
     "smtpd",
+    "qmqpd",
     "worker",
     "qmqp",
     "commands",

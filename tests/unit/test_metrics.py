@@ -42,9 +42,9 @@ def scraped(collector: QueueMetrics) -> str:
     ],
 )
 def test_refusal_is_counted_by_its_codes(reply: str, label: str):
-    before = sample("relay_smtp_refusals_total", reply=label)
-    metrics.refused(reply)
-    assert sample("relay_smtp_refusals_total", reply=label) == before + 1
+    before = sample("relay_refusals_total", door="smtp", reply=label)
+    metrics.refused(reply, "smtp")
+    assert sample("relay_refusals_total", door="smtp", reply=label) == before + 1
 
 
 def test_children_are_bound_once():

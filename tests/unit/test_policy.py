@@ -15,6 +15,7 @@ from reception.policy import (
     Policy,
     client_networks,
     connected_networks,
+    qmqp_networks,
 )
 from reception.space import MIN_FREE, FreeSpace, SpaceClaim
 from relay.settings import SettingsError, SmtpdSettings, load
@@ -303,3 +304,28 @@ def test_connected_means_the_subnets_of_this_machine(publish: str) -> None:
 def test_connected_is_refused_for_a_published_port(publish: str) -> None:
     with pytest.raises(SettingsError, match=r"RELAY_CLIENT_NETWORKS.*RELAY_PUBLISH"):
         client_networks(["connected"], publish)
+    settings = load(
+        SmtpdSettings,
+        hostname="relay.example",
+        qmqp_client_networks=("connected",),
+        qmqp_publish=publish,
+    )
+    with pytest.raises(SettingsError, match=r"RELAY_QMQP_CLIENT_NETWORKS.*RELAY_QMQP_PUBLISH"):
+        qmqp_networks(settings)
+
+
+def test_the_networks_of_qmqp_are_its_own(tmp_path: Path) -> None:
+    settings = load(
+        SmtpdSettings,
+        spool_dir=tmp_path,
+        hostname="relay.example",
+        client_networks=("192.0.2.0/24",),
+        qmqp_client_networks=("198.51.100.0/24",),
+    )
+    smtp = Policy(settings)
+    qmqp = Policy(settings, qmqp_networks(settings), smtp.space)
+    assert smtp.client("192.0.2.1").trusted
+    assert not smtp.client("198.51.100.1").trusted
+    assert qmqp.client("198.51.100.1").trusted
+    assert not qmqp.client("192.0.2.1").trusted
+    assert qmqp.space is smtp.space, "both fill one spool"

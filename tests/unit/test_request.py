@@ -7,8 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmqp.netstring import FormatError, NetstringError, SizeError, encode, length_of
+from qmqp.reader import (
+    MessageReceived,
+    RequestComplete,
+    RequestReader,
+    RequestStarted,
+    TooManyRecipients,
+)
 from qmqp.reply import KEPT_TEXT, MalformedReply, Reply, ReplyParser
-from qmqp.request import MAX_ADDRESS, Request, RequestParser
+from qmqp.request import MAX_ADDRESS, Request
 
 NO_SUCH_ADDRESS = b"sorry, I can't accept addresses like that (#5.1.3)"
 ADDRESSES = st.binary(min_size=1, max_size=60).filter(
@@ -29,17 +36,34 @@ def pieces(wire: bytes, cuts: list[int]) -> list[bytes]:
 
 
 class Reading:
-    """A request that is being read, and the body so far."""
+    """A request that is being read, and what its events have said so far."""
 
     def __init__(self, **limits: int) -> None:
+        self.reader = RequestReader(**limits)
+        self.size: int | None = None
         self.body = b""
-        self.parser = RequestParser(self.take, **limits)
-
-    def take(self, piece: memoryview) -> None:
-        self.body += piece
+        self.request: RequestComplete | None = None
 
     def feed(self, *data: bytes) -> bool:
-        return [self.parser.feed(piece) for piece in data][-1]
+        """Whether the request is complete."""
+        for piece in data:
+            for event in self.reader.feed(piece):
+                assert self.request is None, "nothing follows the end of a request"
+                match event:
+                    case RequestStarted(size):
+                        self.size = size
+                    case MessageReceived(text):
+                        assert self.size is not None
+                        self.body += text
+                    case RequestComplete():
+                        self.request = event
+        assert self.reader.complete is (self.request is not None)
+        return self.reader.complete
+
+    @property
+    def recipients(self) -> tuple[bytes, ...]:
+        assert self.request is not None
+        return self.request.recipients
 
 
 @pytest.mark.parametrize(
@@ -115,13 +139,13 @@ def test_B30_any_number_of_recipients(count):
     recipients = [b"%d@example.org" % number for number in range(count)]
     reading = Reading()
     assert reading.feed(wire_of(b"hello", b"s@x", *recipients))
-    assert reading.parser.recipients == recipients
+    assert reading.recipients == tuple(recipients)
 
 
 def test_B31_duplicate_recipients_are_sent_unchanged():
     reading = Reading()
     assert reading.feed(wire_of(b"hello", b"s@x", *[b"r@y"] * 10_000))
-    assert len(reading.parser.recipients) == 10_000
+    assert len(reading.recipients) == 10_000
 
 
 def test_B33_a_message_of_more_than_4_gib_has_an_exact_length():
@@ -145,15 +169,14 @@ def test_a_request_cut_in_any_way_reads_the_same(body, sender, recipients, data)
     cuts = data.draw(st.lists(st.integers(0, len(wire)), max_size=25))
     reading = Reading()
     assert reading.feed(*pieces(wire, cuts))
-    parser = reading.parser
-    assert (reading.body, parser.sender, parser.recipients) == (body, sender, recipients)
-    assert parser.size == len(body)
+    assert reading.request == RequestComplete(sender, tuple(recipients))
+    assert (reading.size, reading.body) == (len(body), body)
 
 
 def test_a_request_byte_by_byte():
     wire = wire_of(b"hello\n", b"s@x", b"r@y", b"q@z")
     reading = Reading()
-    whole = [reading.parser.feed(wire[index : index + 1]) for index in range(len(wire))]
+    whole = [reading.feed(wire[index : index + 1]) for index in range(len(wire))]
     assert whole == [False] * (len(wire) - 1) + [True]
     assert reading.body == b"hello\n"
 
@@ -161,7 +184,7 @@ def test_a_request_byte_by_byte():
 def test_bytes_after_a_request_change_nothing():
     reading = Reading()
     assert reading.feed(wire_of(b"hello", b"", b"r@y") + b"12:", b"more")
-    assert (reading.body, reading.parser.recipients) == (b"hello", [b"r@y"])
+    assert (reading.body, reading.recipients) == (b"hello", (b"r@y",))
 
 
 @pytest.mark.parametrize(
@@ -177,6 +200,13 @@ def test_bytes_after_a_request_change_nothing():
 def test_A17_inner_strings_that_run_past_the_outer(wire):
     with pytest.raises(FormatError, match="past the end"):
         Reading().feed(wire)
+
+
+@pytest.mark.parametrize(("begin", "longest"), [(b"20:", 16), (b"20:0:,", 13), (b"20:0:,0:,", 10)])
+def test_A17_a_length_that_does_not_fit_is_refused_when_it_is_announced(begin: bytes, longest: int):
+    assert not Reading().feed(begin + b"%d:" % longest)
+    with pytest.raises(FormatError, match="string runs past the end"):
+        Reading().feed(begin + b"%d:" % (longest + 1))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +231,7 @@ def test_a_request_without_a_sender():
 def test_a_request_without_recipients_is_complete():
     reading = Reading()
     assert reading.feed(b"6:0:,0:,,")
-    assert reading.parser.recipients == []
+    assert reading.recipients == ()
 
 
 def test_A8_a_server_refuses_leading_zeros_everywhere():
@@ -219,14 +249,35 @@ def test_A14_a_server_refuses_a_message_when_it_is_announced():
     reading = Reading(max_size=100)
     with pytest.raises(SizeError):
         reading.feed(b"200:101:")
-    assert reading.parser.where == "message content"
+    assert reading.reader.where == "message content"
 
 
 def test_A14_a_server_refuses_an_address_when_it_is_announced():
     reading = Reading(max_address=100)
     with pytest.raises(SizeError):
         reading.feed(b"200:0:,0:,101:")
-    assert reading.parser.where == "recipient address"
+    assert reading.reader.where == "recipient address"
+
+
+def test_a_server_refuses_recipients_beyond_its_limit_when_it_has_read_them():
+    reading = Reading(max_recipients=2)
+    assert reading.feed(wire_of(b"", b"", b"a", b"b"))
+    reading = Reading(max_recipients=2)
+    reading.feed(wire_of(b"", b"", *[b"a"] * 1000)[:-1])
+    with pytest.raises(TooManyRecipients):
+        reading.feed(b",")
+
+
+@pytest.mark.parametrize("cut", range(24))
+def test_the_reader_says_how_much_of_a_request_is_missing(cut: int):
+    wire = wire_of(b"hello", b"", b"r@y", b"q@z")
+    reading = Reading()
+    reading.feed(wire[:cut])
+    assert reading.reader.missing == (len(wire) - cut if cut > 2 else 0)
+    refusing = Reading(max_size=4)
+    with pytest.raises(SizeError):
+        refusing.feed(wire[: max(cut, 5)])
+    assert refusing.reader.missing == len(wire) - max(cut, 5), "also of one that it refuses"
 
 
 @given(st.binary(max_size=60))
@@ -236,9 +287,9 @@ def test_any_bytes_are_a_request_or_a_netstring_error(data):
         whole = reading.feed(data)
     except NetstringError:
         return
-    parser = reading.parser
-    inner = encode(reading.body) + b"".join(map(encode, [parser.sender or b"", *parser.recipients]))
-    assert not whole or data.startswith(encode(inner))
+    if whole and reading.request is not None:
+        envelope = [reading.request.sender, *reading.recipients]
+        assert data.startswith(encode(encode(reading.body) + b"".join(map(encode, envelope))))
 
 
 # What a client reads

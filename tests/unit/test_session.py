@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reception.envelope import Recipient, Refused
+from reception.events import DataComplete, DataReceived, Event, MailStarted, Refusal
 from reception.policy import ClientPolicy
 from smtpd.session import (
     COMMAND_LIMIT,
@@ -18,12 +19,7 @@ from smtpd.session import (
     LINE_LIMIT,
     TARPIT,
     TURN,
-    DataComplete,
-    DataReceived,
-    Event,
     Greeting,
-    MailStarted,
-    Refusal,
     Session,
     SessionState,
 )

@@ -50,6 +50,7 @@ def test_defaults_are_those_of_the_design() -> None:
     smtpd, worker = load(SmtpdSettings), load(WorkerSettings)
     assert smtpd.smtp_listen == (Listener("127.0.0.1", 2525),)
     assert smtpd.client_networks == ("127.0.0.0/8", "::1")
+    assert (smtpd.qmqp_listen, smtpd.qmqp_client_networks) == ((), ("127.0.0.0/8", "::1"))
     assert (smtpd.max_message_size, smtpd.max_recipients, smtpd.max_connections) == (
         25 << 20,
         1000,

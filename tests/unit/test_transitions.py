@@ -22,7 +22,7 @@ from relay.queue.states import (
 )
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("relay", "worker", "reception", "smtpd", "commands", "migrations")
+ROOMS = ("relay", "worker", "reception", "smtpd", "qmqpd", "commands", "migrations")
 # An assignment of a state, or the CASE that computes it, up to the next column.
 _ASSIGNS = re.compile(
     r"SET state = |\bstate = '(?:held|deferred)', due_at|INSERT INTO deliveries|END AS final"

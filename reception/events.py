@@ -1,0 +1,47 @@
+"""The events of a session: the terms that the sessions of all front ends share.
+
+A session is a state machine without I/O. It turns bytes into events, and the connection that drives
+it acts on them: `MailStarted` begins a reception, `DataReceived` appends to it, `DataComplete` ends
+it, and its reply goes back to the session.
+"""
+
+from dataclasses import dataclass
+
+from reception.envelope import Envelope
+
+
+@dataclass(frozen=True, slots=True)
+class MailStarted:
+    """The message of a transaction begins."""
+
+    envelope: Envelope
+
+
+@dataclass(frozen=True, slots=True)
+class DataReceived:
+    """Decoded content."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DataComplete:
+    """The message has ended; a reply is due."""
+
+    header_message_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A command or a message was refused. Of the temporary refusals of a transaction only the first
+    is an event."""
+
+    reply: str
+
+
+@dataclass(frozen=True, slots=True)
+class TlsRequested:
+    """The client got 220 and begins its handshake (RFC 3207)."""
+
+
+type Event = MailStarted | DataReceived | DataComplete | Refusal | TlsRequested
