@@ -411,6 +411,8 @@ class Session:
     def _starttls(self, argument: bytes) -> None:
         if not self.greeting.starttls:
             raise Refused("500 5.5.2 Command not recognized")
+        if self.state is SessionState.START:
+            raise Refused(_NO_HELO)
         if self.tls is not None:
             raise Refused("503 5.5.1 TLS is active already")
         if self.envelope is not None:
@@ -443,7 +445,7 @@ COMMANDS: Mapping[bytes, tuple[str | Callable[[Session, bytes], None], ...]] = {
     b"RSET": (Session._rset,) * 4,
     b"QUIT": (Session._quit,) * 4,
     b"NOOP": (_OK,) * 4,
-    b"STARTTLS": (_NO_HELO, Session._starttls, Session._starttls, Session._starttls),
+    b"STARTTLS": (Session._starttls,) * 4,
     b"VRFY": ("252 2.1.5 Cannot verify; send some mail and see",) * 4,
     b"HELP": ("214 2.0.0 HELO EHLO MAIL RCPT DATA RSET NOOP VRFY HELP QUIT",) * 4,
     **dict.fromkeys(_HTTP_METHODS, (Session._http,) * 4),

@@ -4,6 +4,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import uvloop
 
@@ -107,7 +108,7 @@ class ServerHarness:
         self.loop.call_soon_threadsafe(self._stop.set)
 
     def close(self) -> None:
-        if self._thread.is_alive():
+        with suppress(RuntimeError):  # the loop has been closed since `ask_to_stop`
             self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(30)
         assert not self._thread.is_alive()

@@ -226,6 +226,7 @@ def test_starttls_has_its_place(serve: Callable[..., SmtpHarness]) -> None:
 def test_without_a_certificate_starttls_is_unknown(run: Callable[..., SmtpHarness]) -> None:
     with talking(run()) as client:
         client.expect(b"220")
+        client.say(b"STARTTLS", b"500 5.5.2")
         client.send(b"EHLO client.example\r\n")
         assert b"STARTTLS" not in client.reply()
         client.say(b"STARTTLS", b"500 5.5.2")
