@@ -81,6 +81,7 @@ messages = Table(
     ),
     Column("segment", Id, comment="segment of the journal that has the body; empty: a file has it"),
     Column("position", BigInteger, comment="where the body begins in the segment"),
+    Column("tls", Text, comment="protocol and cipher of the SMTP connection; empty: plain text"),
     Index("messages_sender", "sender", postgresql_ops={"sender": "text_pattern_ops"}),
     Index(None, "header_message_id"),
     comment="accepted messages; nothing in a row changes but the place of its body",
@@ -401,6 +402,7 @@ _RECIPIENT_COLUMNS: dict[str, str] = {
     "protocol": "RFC 3848 keyword, such as ESMTP",
     "header_message_id": "Message-ID of the header",
     "dsn_of": "queue id of the message that this DSN is about; empty for other mail",
+    "tls": "protocol and cipher of the SMTP connection; empty: plain text",
 }
 VIEW_COLUMNS = {
     "mail_queue": _RECIPIENT_COLUMNS,

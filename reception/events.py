@@ -39,4 +39,9 @@ class Refusal:
     reply: str
 
 
-type Event = MailStarted | DataReceived | DataComplete | Refusal
+@dataclass(frozen=True, slots=True)
+class TlsRequested:
+    """The client got 220 and begins its handshake (RFC 3207)."""
+
+
+type Event = MailStarted | DataReceived | DataComplete | Refusal | TlsRequested

@@ -18,7 +18,9 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 import psutil
 
 from reception.envelope import Recipient, Refused
+from reception.rates import Rates
 from reception.space import FreeSpace, SpaceClaim
+from relay.listeners import is_loopback
 from relay.settings import Network, SettingsError, SmtpdSettings, parse_network
 
 IPV6_PREFIX = 64
@@ -29,9 +31,9 @@ class Policy:
     """The rules of one door for all clients; `client` returns those for one, by its IP address as
     text.
 
-    `networks`: those whose clients may relay (None: those of SMTP). `space`: the space of the
-    spool, which all doors share (None: there is no other door). Raises SettingsError for settings
-    that would make an open relay.
+    `networks`: those whose clients may relay (None: those of SMTP). `space` is that of the spool,
+    `rates` has the tables of RATE_LIMITS: all doors share both (None: there is no other door).
+    Raises SettingsError for settings that would make an open relay.
     """
 
     def __init__(
@@ -39,9 +41,12 @@ class Policy:
         settings: SmtpdSettings,
         networks: tuple[Network, ...] | None = None,
         space: FreeSpace | None = None,
+        rates: Rates | None = None,
     ) -> None:
         self.settings = settings
         self.space = FreeSpace(settings.spool_dir) if space is None else space
+        limited = settings.rate_limits and rates is None
+        self.rates = Rates(settings.rate_limits) if limited else rates
         self._networks = smtp_networks(settings) if networks is None else networks
         domains = [domain.lower() for domain in settings.recipient_domains]
         self._domains = frozenset(domain for domain in domains if not domain.startswith("."))
@@ -85,6 +90,12 @@ class ClientPolicy:
         """`size` is the octets that SIZE declares (RFC 1870), 0 without it. Raises Refused."""
         if not self.policy.space.has(size, self._claims_as):
             raise Refused("452 4.3.1 Insufficient system storage")
+
+    def check_rate(self, what: str, sender: str = "", user: str | None = None) -> None:
+        """Counts a message, a recipient or a connection by RATE_LIMITS. Raises Refused."""
+        rates = self.policy.rates
+        if rates is not None:
+            rates.take(what, {"client": self.network, "sender": sender, "user": user})
 
     def claim(self, size: int) -> SpaceClaim:
         """The claim of a message that begins; `size` as in `check_sender`. The declared octets are
@@ -179,8 +190,4 @@ def network_of(address: IPv4Address | IPv6Address) -> str:
 def _is_loopback(publish: str) -> bool:
     """Parses a published port as compose writes it: `127.0.0.1:2525`, `[::1]:2525`, or `2525`,
     which means every address."""
-    host = publish.rpartition(":")[0].strip("[]")
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback(publish.rpartition(":")[0].strip("[]"))

@@ -256,11 +256,13 @@ class Reception:
             self._client.address,
             envelope.helo,
             envelope.protocol,
+            envelope.auth_user,
             header_message_id=self._header_message_id,
             body_type=envelope.parameters.get(b"BODY"),
             ret=envelope.parameters.get(b"RET"),
             envid=envelope.parameters.get(b"ENVID"),
             client_trusted=self._client.trusted,
+            tls=envelope.tls,
         )
         return encode(message, delay_warning=self._receiver.settings.delay_warning)
 

@@ -6,8 +6,9 @@ command does, or is answered, in each state. After `DataComplete` input waits fo
 no command overtakes the message. If the connection is lost before that, the driver cancels it.
 
 What must stay true: content never runs as commands. Input before the banner or behind a refused
-DATA closes the connection, and so do BDAT, HTTP, TLS and too many errors. One client does not delay
-others: after TURN commands, or in `TARPIT`, the rest waits until the driver calls `resume`.
+DATA closes the connection, and so do BDAT, HTTP, TLS and too many errors. Input behind STARTTLS is
+discarded, and after the handshake the driver makes a new session. One client does not delay others:
+after TURN commands, or in `TARPIT`, the rest waits until the driver calls `resume`.
 """
 
 import re
@@ -15,8 +16,15 @@ from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import NamedTuple
 
-from reception.envelope import Envelope, Refused
-from reception.events import DataComplete, DataReceived, Event, MailStarted, Refusal
+from reception.envelope import Envelope, Refused, TlsState
+from reception.events import (
+    DataComplete,
+    DataReceived,
+    Event,
+    MailStarted,
+    Refusal,
+    TlsRequested,
+)
 from reception.policy import ClientPolicy
 from smtpd.addresses import parse_recipient, parse_sender
 from smtpd.content import Content, Fault
@@ -27,6 +35,9 @@ for 639 more. The longest address that QMQP servers accept (999 octets) must fit
 """
 ERROR_LIMIT = 20
 """Refused commands without an accepted message between them."""
+FREE_ERRORS = 10
+"""Of these, after which each one costs an untrusted client TARPIT, as in Postfix
+(smtpd_soft_error_limit)."""
 TURN = 50
 """Commands before other connections get their turn: some hundred microseconds."""
 FREE_COMMANDS = 100
@@ -59,6 +70,7 @@ class SessionState(IntEnum):
     AWAIT_REPLY = 5  # the message has ended, its reply is due
     PRE_BANNER = 6  # the banner was not sent yet
     CLOSED = 7
+    HANDSHAKE = 8  # what comes now is no SMTP
 
 
 class Greeting(NamedTuple):
@@ -66,6 +78,7 @@ class Greeting(NamedTuple):
 
     hostname: str
     max_message_size: int
+    starttls: bool = False
 
 
 class Session:
@@ -76,9 +89,12 @@ class Session:
     input waits until then. The driver sets `halted` while the client does not read.
     """
 
-    def __init__(self, greeting: Greeting, client: ClientPolicy) -> None:
+    def __init__(
+        self, greeting: Greeting, client: ClientPolicy, tls: TlsState | None = None
+    ) -> None:
         self.greeting = greeting
         self.client = client
+        self.tls = tls  # None in plain text
         self.state = SessionState.PRE_BANNER
         self.input = b""  # that waits
         self._replies: list[str] = []
@@ -89,6 +105,8 @@ class Session:
         self._skipping = False  # the rest of a line that was too long
         self._client_name = ""
         self._protocol = "SMTP"
+        self.auth_required = False  # nobody sends mail without authentication
+        self.user = tls.subject if tls is not None else None  # that the client authenticated as
         self.envelope: Envelope | None = None  # of the open transaction
         self._positions: dict[str, int] = {}  # of a mailbox among the recipients
         self._content: Content | None = None
@@ -119,6 +137,10 @@ class Session:
         """Sends the banner."""
         self.state = SessionState.START
         self._replies.append(f"220 {self.greeting.hostname} ESMTP qmqp-relay")
+
+    def start_again(self) -> None:
+        """Continues after STARTTLS: there is no banner, and the client sends EHLO."""
+        self.state = SessionState.START
 
     def receive(self, data: bytes) -> list[Event]:
         """Takes bytes from the client; returns the events in order."""
@@ -175,7 +197,7 @@ class Session:
             else:
                 if self.state is SessionState.PRE_BANNER:
                     self._refuse_and_close("554 5.5.0 The client must wait for the banner")
-                self.input = b""
+                self.input = b""  # behind STARTTLS too (CVE-2011-0411)
         return self._events
 
     def _read_commands(self) -> bool:
@@ -265,8 +287,12 @@ class Session:
             self._events.append(Refusal(reply))
         self._deferred = self._deferred or temporary
         self._errors += not temporary
-        if self._errors >= ERROR_LIMIT and not self.closed:
+        if self.closed:
+            return
+        if self._errors >= ERROR_LIMIT:
             self.close("421 4.7.0 Too many errors, closing connection")
+        elif self._errors > FREE_ERRORS and not temporary and not self.client.trusted:
+            self.pause = TARPIT
 
     def _refuse_and_close(self, reply: str) -> None:
         self.state = SessionState.CLOSED
@@ -285,10 +311,11 @@ class Session:
         # SMTPUTF8 (RFC 6531) is for headers: Postfix bounces a message with UTF-8 in it where this
         # is not offered. A QMQP server cannot be asked about addresses beyond ASCII, so those are
         # refused with 553 5.6.7.
+        starttls = "250-STARTTLS\r\n" if self.greeting.starttls and self.tls is None else ""
         self._greet(
             argument,
-            "ESMTP",
-            f"250-{self.greeting.hostname}\r\n250-PIPELINING\r\n"
+            "ESMTP" if self.tls is None else "ESMTPS",
+            f"250-{self.greeting.hostname}\r\n250-PIPELINING\r\n{starttls}"
             f"250-SIZE {self.greeting.max_message_size}\r\n250-8BITMIME\r\n"
             "250-ENHANCEDSTATUSCODES\r\n250-SMTPUTF8\r\n250 DSN",
         )
@@ -302,15 +329,23 @@ class Session:
         self._replies.append(reply)
 
     def _mail(self, argument: bytes) -> None:
+        if self.auth_required and self.user is None:
+            raise Refused("530 5.7.0 Authentication required")
         trusted = self.client.trusted
         sender, parameters = parse_sender(argument, self.greeting.hostname, trusted=trusted)
         size = int(parameters.get(b"SIZE", "0"))
         if size > self.greeting.max_message_size:
             raise Refused(Fault.TOO_BIG.value)
         self.client.check_sender(size)
+        self.client.check_rate("messages", sender, self.user)
         # The keyword of the trace field: RFC 3848, and RFC 6531 (4.3) for SMTPUTF8.
-        protocol = "UTF8SMTP" if b"SMTPUTF8" in parameters else self._protocol
+        protocol = self._protocol
+        if b"SMTPUTF8" in parameters:
+            protocol = "UTF8SMTP" if self.tls is None else "UTF8SMTPS"
         self.envelope = Envelope(sender, parameters, self._client_name, protocol)
+        if self.tls is not None:
+            self.envelope.tls = str(self.tls)
+        self.envelope.auth_user = self.user
         self.state = SessionState.SENDER
         self._replies.append("250 2.1.0 Ok")
 
@@ -325,6 +360,7 @@ class Session:
             recipients[position] = recipients[position].merge(recipient)
         else:
             self.client.check_recipient(recipient, len(recipients))
+            self.client.check_rate("recipients", self.envelope.sender, self.user)
             self._positions[recipient.mailbox] = len(recipients)
             recipients.append(recipient)
         self.state = SessionState.RECIPIENTS
@@ -372,6 +408,20 @@ class Session:
         _require_none(argument)
         self.close("221 2.0.0 Bye")
 
+    def _starttls(self, argument: bytes) -> None:
+        if not self.greeting.starttls:
+            raise Refused("500 5.5.2 Command not recognized")
+        if self.state is SessionState.START:
+            raise Refused(_NO_HELO)
+        if self.tls is not None:
+            raise Refused("503 5.5.1 TLS is active already")
+        if self.envelope is not None:
+            raise Refused("503 5.5.1 STARTTLS is not allowed in a transaction")
+        _require_none(argument)
+        self.state = SessionState.HANDSHAKE
+        self._replies.append("220 2.0.0 Ready to start TLS")
+        self._events.append(TlsRequested())
+
     def _http(self, _argument: bytes) -> None:
         self._refuse_and_close(_NOT_SMTP)
 
@@ -395,6 +445,7 @@ COMMANDS: Mapping[bytes, tuple[str | Callable[[Session, bytes], None], ...]] = {
     b"RSET": (Session._rset,) * 4,
     b"QUIT": (Session._quit,) * 4,
     b"NOOP": (_OK,) * 4,
+    b"STARTTLS": (Session._starttls,) * 4,
     b"VRFY": ("252 2.1.5 Cannot verify; send some mail and see",) * 4,
     b"HELP": ("214 2.0.0 HELO EHLO MAIL RCPT DATA RSET NOOP VRFY HELP QUIT",) * 4,
     **dict.fromkeys(_HTTP_METHODS, (Session._http,) * 4),

@@ -4,7 +4,8 @@ add to.
 A file in tests/transcripts/ has dialogues, each with a title. A line begins with one of these:
 
     == title    a dialogue begins; (trusted) at its end: the client may relay; (early): the client
-                does not wait for the banner; (whole): not for packets that are cut
+                does not wait for the banner; (whole): not for packets that are cut;
+                (starttls): the server has a certificate
     # text      a comment on the dialogue, below its title
     C: text     the client sends this line and CR LF; lines that follow one another are one packet
     C| text     the same without CR LF
@@ -96,7 +97,8 @@ class Play:
             recipient_domains=("example.org",),
         )
         peer = TRUSTED if "trusted" in dialogue.options else UNTRUSTED
-        self.session = Session(Greeting("relay.example", MAX_SIZE), Policy(settings).client(peer))
+        greeting = Greeting("relay.example", MAX_SIZE, "starttls" in dialogue.options)
+        self.session = Session(greeting, Policy(settings).client(peer))
         self.said: list[str] = []
         self.seen: set[tuple[str, SessionState]] = set()
         self._dialogue = dialogue

@@ -24,6 +24,7 @@ OVERDUE, SENDING, PAUSED = (
     'relay_deliveries{state="sending"}',
     'relay_paused{subject="a"}',
 )
+DAYS = 'relay_tls_certificate_days{file="a"}'
 ROOM, UP = "relay_spool_free_bytes", "relay_database_up"
 RESTS, ACCEPT = (
     'relay_circuit_opened_total{server="mx:628", why="%s"}',
@@ -72,6 +73,8 @@ CASES: list[Case] = [
     ),
     # The series of a worker begins with its first refusal.
     ("RelayUnauthorized", {RESTS % "unauthorized": "_x30 1x60"}, [31], [29, 60]),
+    ("RelayCertificateEnds", {DAYS: "15x60 13x120"}, [122], [60, 119]),
+    ("RelayCertificateRejected", {'relay_tls_certificate_rejected{file="a"}': "0x5 1x9"}, [7], [5]),
     (
         "RelaySlowToAccept",
         {ACCEPT % "10": "0+9x60", ACCEPT % "30": "0+10x60", ACCEPT % "+Inf": "0+10x60"},

@@ -15,6 +15,7 @@ from reception.policy import Policy
 from reception.server import Door, FrontEnd
 from reception.spooler_client import SpoolerClient
 from relay import routes as module
+from relay.listeners import Listener, parse_listen
 from relay.routes import Route, Routes
 from relay.settings import SmtpdSettings, load
 from smtpd.main import offered_size
@@ -71,7 +72,8 @@ def test_C13_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyP
             cast(Any, receiver),
             lambda: offered_size(settings.max_message_size, routes),
         )
-        [(_, port)] = await server.listen(smtp, [("127.0.0.1", 0)])
+        [address] = await server.listen(smtp, [Listener("127.0.0.1", 0)])
+        port = parse_listen(address)[1]
         hello, big, fits = await say(
             port,
             "EHLO client",
