@@ -45,7 +45,7 @@ def upgrade() -> None:
     connection.exec_driver_sql(SEGMENTS.format(**kinds))
     connection.exec_driver_sql(f"ALTER TABLE messages ADD COLUMN segment {kinds['id']}")
     connection.exec_driver_sql("ALTER TABLE messages ADD COLUMN position BIGINT")
-    connection.exec_driver_sql("ALTER TABLE spool ADD COLUMN mark BIGINT DEFAULT 0 NOT NULL")
+    connection.exec_driver_sql("ALTER TABLE spool ADD COLUMN mark BIGINT DEFAULT '0' NOT NULL")
     _rename("backoff_step", "deferrals")
     if (
         postgresql

@@ -76,5 +76,5 @@ SELECT replace(CAST(id AS text), '-', '') AS id FROM segments;
 
 -- name: total_live
 -- Bytes of bodies that deliveries need, as last seen, in sealed segments.
-SELECT count(*) AS segments, coalesce(sum(live_bytes), 0) AS live FROM segments
+SELECT count(*) AS segments, CAST(coalesce(sum(live_bytes), 0) AS bigint) AS live FROM segments
 WHERE sealed_at IS NOT NULL;

@@ -187,6 +187,7 @@ OWN_TEXT = {("relay.report.queries", "view_definition")}
 OWN_EXAMPLES: dict[str, dict[str, Any]] = {
     "relay.dsn.generator": {"id": IDS[2 * list(State).index(State.BOUNCED)]},
     "relay.queue.claim": {"id": IDS[2 * list(State).index(State.SPLIT)]},
+    "relay.spool.segments": {"segment": "00000000-0000-7000-8000-0000000000f3"},
     "relay.queue.split": {"id": IDS[2 * list(State).index(State.HELD)]},
 }
 
