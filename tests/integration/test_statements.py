@@ -101,6 +101,7 @@ EXAMPLES: dict[str, Any] = {
     "long": 180.0,
     "longest": 3600.0,
     "matched": 3,
+    "messages_per_minute": 60,
     "messages": json.dumps(
         [
             {
@@ -116,9 +117,12 @@ EXAMPLES: dict[str, Any] = {
     ),
     "most": 100,
     "sends_dsns": True,
+    "user": "ann",
+    "names": json.dumps(["ann", "bob"]),
     "number": 1,
     "numbers": json.dumps([1]),
     "parent": 1,
+    "password_hash": "$argon2id$",
     "pid": 1,
     "poison": 4,
     "positions": json.dumps([1, 2]),
@@ -128,10 +132,12 @@ EXAMPLES: dict[str, Any] = {
     "reply": "Dno such user",
     "retention": 0.0,
     "retries": 50,
+    "role": "sender",
     "root": 1,
     "route": "default",
     "routes": json.dumps(["default", "other"]),
     "sender": "a@example.com",
+    "senders": json.dumps(["*@example.com"]),
     "seconds": 3600,
     "server": "192.0.2.1:628",
     "since": IDS[0],
@@ -172,6 +178,7 @@ OWN_TEXT = {("relay.report.queries", "view_definition")}
 OWN_EXAMPLES: dict[str, dict[str, Any]] = {
     "relay.dsn.generator": {"id": IDS[2 * list(State).index(State.BOUNCED)]},
     "relay.queue.claim": {"id": IDS[2 * list(State).index(State.SPLIT)]},
+    "relay.users": {"user": "bob"},
     "relay.queue.split": {"id": IDS[2 * list(State).index(State.HELD)]},
 }
 
@@ -253,6 +260,12 @@ def _fill(engine: Engine, connection: Connection, after: str) -> None:
     )
     run("INSERT INTO pauses VALUES ('route:other', after(0), 'me', 'why')")
     run("INSERT INTO open_circuits VALUES (:worker, 'mx:628', 'why')", worker=WORKER)
+    for user, disabled in (("ann", "after(-9)"), ("bob", "NULL")):
+        run(
+            "INSERT INTO users VALUES (:user, '$argon2id$', 'sender', '[\"*\"]', NULL,"
+            f" after(-99), {disabled}, NULL)",
+            user=user,
+        )
     run("INSERT INTO dsn_limits VALUES ('a@example.com', after(-100))")
     run(
         "INSERT INTO audit VALUES (:action, after(0), 'me', 'hold', 'why', '--all', 1)",
