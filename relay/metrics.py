@@ -45,6 +45,12 @@ SESSIONS_OPEN = Gauge("relay_smtp_sessions_open", "SMTP connections open now")
 REFUSALS = Counter(
     "relay_smtp_refusals", "commands and messages refused, by code and enhanced code", ["reply"]
 )
+AUTHENTICATIONS = Counter(
+    "relay_authentications", "attempts to log in, by what they led to", ["result"]
+)
+PASSWORD_VERIFICATIONS = Counter(
+    "relay_password_verifications", "computations of a password's hash"
+)
 RECEIVED_BYTES = Counter("relay_received_bytes", "bytes of the bodies of accepted messages")
 ACCEPT_SECONDS = Histogram(
     "relay_accept_seconds", "from the end of a message to its 250", buckets=_QUICK

@@ -260,6 +260,7 @@ class SmtpdSettings(Settings):
     smtp_listen: Listens = (("127.0.0.1", 2525),)
     publish: str = ""
     client_networks: Networks = ("127.0.0.0/8", "::1")
+    auth_plaintext_networks: Networks = ()
     recipient_domains: Domains = ()
     allow_untrusted_routing: bool = False
     bare_cr: Literal["reject", "strip"] = "reject"

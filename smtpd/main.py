@@ -9,6 +9,7 @@ import asyncio
 import signal
 from functools import partial
 
+from reception.authentication import Authenticator
 from reception.policy import Policy
 from reception.receiver import THREADS, DiskThreads, Receiver
 from reception.spooler_client import SpoolerClient, launcher
@@ -67,7 +68,10 @@ async def _serve(
         state.spool, spooler, routes.route_for, settings, threads, asyncio.Semaphore(bodies)
     )
     size_limit = partial(offered_size, settings.max_message_size, routes)
-    server = SmtpServer(loop, settings, receiver, policy, size_limit, last_descriptor)
+    authenticator = Authenticator(loop, settings.database_url)
+    server = SmtpServer(
+        loop, settings, receiver, policy, size_limit, authenticator, last_descriptor
+    )
     await spooler.start()
     freeze_memory()
     addresses = await server.listen(settings.smtp_listen)
@@ -80,6 +84,7 @@ async def _serve(
     stop_metrics()
     log.info("stopping", sessions=len(server.connections))
     await server.stop(settings.drain_timeout)
+    await authenticator.close()
     await spooler.close(5.0)
     await loop.run_in_executor(None, threads.close, 5.0)
     await loop.run_in_executor(None, hints.close)

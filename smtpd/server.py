@@ -24,12 +24,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
+from reception.authentication import Authenticator
+from reception.login import Login
 from reception.policy import ClientPolicy, Policy
 from reception.receiver import MAX_BUFFERED, Receiver, Reception
 from relay import metrics
 from relay.log import get_logger
 from relay.settings import SettingsError, SmtpdSettings, format_address
 from smtpd.session import (
+    CredentialsReceived,
     DataComplete,
     DataReceived,
     Event,
@@ -66,7 +69,8 @@ class SmtpServer:
     """The state that connections share. `size_limit` is called every second, because routes may
     change it.
 
-    A connection whose descriptor is `last_descriptor` or higher pauses accepting.
+    A connection whose descriptor is `last_descriptor` or higher pauses accepting. `auth_required`:
+    nobody sends without a login.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -74,7 +78,9 @@ class SmtpServer:
     receiver: Receiver
     policy: Policy
     size_limit: Callable[[], int]
+    authenticator: Authenticator
     last_descriptor: float = math.inf
+    auth_required: bool = False
     connections: "set[SmtpConnection]" = field(default_factory=set)
     clients: Counter[str] = field(default_factory=Counter)  # admitted connections by network
     admitted: int = 0
@@ -239,6 +245,7 @@ class SmtpConnection(asyncio.Protocol):
         metrics.SESSIONS.inc()
         self._extend()
         self.session = Session(server.greeting, self.client)
+        self.session.auth_required = server.auth_required
         log.debug("connection", client=self.client.address)
         if not peer:
             self.session.close()
@@ -295,6 +302,8 @@ class SmtpConnection(asyncio.Protocol):
         elif self.reception is not None and self.reception.deadline is not None:
             if now > self.reception.deadline:
                 self.reception.expire()
+        elif self.session.state is SessionState.VERIFYING:
+            pass  # the authenticator has a timeout of its own
         elif now > self.deadline:
             self._refuse("421 4.4.2 Timeout, closing connection")
         elif (envelope := self.session.envelope) is not None and now > (
@@ -362,6 +371,10 @@ class SmtpConnection(asyncio.Protocol):
                         session.refuse_content()
                 case DataComplete() if self.reception is not None:
                     self.reception.complete(event.header_message_id)
+                case CredentialsReceived(credentials):
+                    self._server.authenticator.authenticate(
+                        credentials, self.client, self._authenticated
+                    )
                 case Refusal(reply):
                     self._cancel()
                     metrics.refused(reply)
@@ -380,7 +393,12 @@ class SmtpConnection(asyncio.Protocol):
         else:
             if session.pause is not None:
                 self._schedule(session.pause)
-            if self.reading_paused or self.reception is not None or session.pause is not None:
+            if (
+                self.reading_paused
+                or self.reception is not None
+                or session.pause is not None
+                or session.state is SessionState.VERIFYING
+            ):
                 self._throttle()
 
     def _reply(self, reply: str) -> None:
@@ -389,6 +407,18 @@ class SmtpConnection(asyncio.Protocol):
         self.reception = None
         self._extend()
         self._handle(self.session.reply(reply))
+
+    def _authenticated(self, result: Login | str) -> None:
+        """The verdict about credentials: a login, or the reply that refuses them."""
+        if self.session.closed:
+            return
+        self._extend()
+        if isinstance(result, str):
+            self._handle(self.session.authentication_failed(result))
+        else:
+            events = self.session.authenticated(result)
+            self.client = self.session.client
+            self._handle(events)
 
     def _refuse(self, reply: str) -> None:
         """Closes the connection with a reply."""

@@ -3,7 +3,8 @@
 `receive` takes any number of bytes and returns events; `replies` returns the replies to all of them
 in one piece, so that a pipelined group (RFC 2920) is answered in one write. `COMMANDS` says what a
 command does, or is answered, in each state. After `DataComplete` input waits for `reply`, so that
-no command overtakes the message. If the connection is lost before that, the driver cancels it.
+no command overtakes the message; likewise after `CredentialsReceived` (RFC 4954). If the connection
+is lost before that, the driver cancels it.
 
 What must stay true: content never runs as commands. Input before the banner or behind a refused
 DATA closes the connection, and so do BDAT, HTTP, TLS and too many errors. One client does not delay
@@ -17,9 +18,11 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from reception.envelope import Envelope, Refused
+from reception.login import Credentials, Login
 from reception.policy import ClientPolicy
 from smtpd.addresses import parse_recipient, parse_sender
 from smtpd.content import Content, Fault
+from smtpd.sasl import MECHANISMS, RESPONSE_LIMIT, Exchange
 
 LINE_LIMIT = 2048
 """Octets of a command line with its CRLF. RFC 5321 (4.5.3.1.4) asks for at least 512, SIZE and DSN
@@ -39,6 +42,9 @@ COMMAND_LIMIT = 200  # of these, after which the connection is closed
 TARPIT = 1.0  # seconds
 ENDLESS = 1 << 20
 """Octets of a line, or of content that is not stored, after which the connection is closed."""
+
+AUTH_FAILURES = 3
+"""Of a connection, after which it is closed."""
 
 _OK = "250 2.0.0 Ok"
 _TOO_LONG = "500 5.5.2 Line too long"
@@ -77,7 +83,14 @@ class Refusal:
     reply: str
 
 
-type Event = MailStarted | DataReceived | DataComplete | Refusal
+@dataclass(frozen=True, slots=True)
+class CredentialsReceived:
+    """The client sent a name and a password; `authenticated` or `authentication_failed` is due."""
+
+    credentials: Credentials
+
+
+type Event = MailStarted | DataReceived | DataComplete | Refusal | CredentialsReceived
 
 
 class SessionState(IntEnum):
@@ -91,6 +104,8 @@ class SessionState(IntEnum):
     AWAIT_REPLY = 5  # the message has ended, its reply is due
     PRE_BANNER = 6  # the banner was not sent yet
     CLOSED = 7
+    RESPONSE = 8  # an exchange of AUTH awaits a response of the client
+    VERIFYING = 9  # credentials have come, their verdict is due
 
 
 class Greeting(NamedTuple):
@@ -105,7 +120,8 @@ class Session:
 
     Call `start`, then `receive` and `reply`; after each send `replies`, then check `closed`.
     `pause` is the seconds after which `resume` is due (0: in the next turn of the loop), or None;
-    input waits until then. The driver sets `halted` while the client does not read.
+    input waits until then. The driver sets `halted` while the client does not read, `tls` on a
+    connection that nobody else can read, and `auth_required` where nobody sends without a login.
     """
 
     def __init__(self, greeting: Greeting, client: ClientPolicy) -> None:
@@ -126,6 +142,10 @@ class Session:
         self._content: Content | None = None
         self._unwanted = False  # the content cannot be stored
         self._wasted = 0  # octets of a line that is too long, or of content that is not stored
+        self._exchange: Exchange | None = None  # of the AUTH that awaits a response
+        self._auth_failures = 0
+        self.tls = False
+        self.auth_required = False
         self.halted = False
         self.lines = 0  # begun
         self.pause: float | None = None
@@ -138,7 +158,12 @@ class Session:
     @property
     def idle(self) -> bool:
         """Whether no transaction is open, so that closing costs the client nothing."""
-        return self.state in (SessionState.START, SessionState.READY, SessionState.PRE_BANNER)
+        return self.state in _IDLE
+
+    @property
+    def offers_auth(self) -> bool:
+        """Whether the client may log in: nobody else can read its password, and it has not."""
+        return self.client.login is None and (self.tls or self.client.plaintext_auth)
 
     @property
     def quit_pending(self) -> bool:
@@ -177,6 +202,32 @@ class Session:
             self._errors = self._commands = 0
         return self._advance()
 
+    def authenticated(self, login: Login) -> list[Event]:
+        """The credentials were right; continues with the input after them."""
+        self._end_verification()
+        self.client = self.client.as_user(login)
+        self._replies.append("235 2.7.0 Authentication successful")
+        return self._advance()
+
+    def authentication_failed(self, reply: str) -> list[Event]:
+        """The credentials are refused; continues with the input after them, unless the reply is 421
+        or the client has failed too often."""
+        self._end_verification()
+        self._events = []
+        self._auth_failures += reply.startswith("535")
+        if reply.startswith("421"):
+            self._refuse_and_close(reply)
+        else:
+            self._refuse(reply)
+            if self._auth_failures >= AUTH_FAILURES and not self.closed:
+                self.close("421 4.7.0 Too many failed authentications, closing connection")
+        return self._events + self._advance()
+
+    def _end_verification(self) -> None:
+        if self.state is not SessionState.VERIFYING:
+            raise RuntimeError("no verdict is due")
+        self._reset()
+
     def close(self, *reply: str) -> None:
         """Ends the session with this reply in any state."""
         self._replies += reply
@@ -202,8 +253,11 @@ class Session:
                     break
             elif self.state is SessionState.CONTENT:
                 self._read_content()
-            elif self.state is SessionState.AWAIT_REPLY:
+            elif self.state in (SessionState.AWAIT_REPLY, SessionState.VERIFYING):
                 break
+            elif self.state is SessionState.RESPONSE:
+                if not self._read_response():
+                    break
             else:
                 if self.state is SessionState.PRE_BANNER:
                     self._refuse_and_close("554 5.5.0 The client must wait for the banner")
@@ -279,6 +333,9 @@ class Session:
             else:
                 raise Refused(cell)
         except Refused as refused:
+            if refused.closes:
+                self._refuse_and_close(str(refused))
+                return
             self._refuse(str(refused))
             # A client waits for the reply to DATA, so input behind it shows that it did not wait,
             # and the input is content; the content of BDAT (RFC 3030) follows in any case. This is
@@ -322,7 +379,8 @@ class Session:
             "ESMTP",
             f"250-{self.greeting.hostname}\r\n250-PIPELINING\r\n"
             f"250-SIZE {self.greeting.max_message_size}\r\n250-8BITMIME\r\n"
-            "250-ENHANCEDSTATUSCODES\r\n250-SMTPUTF8\r\n250 DSN",
+            f"250-ENHANCEDSTATUSCODES\r\n{_AUTH_OFFER if self.offers_auth else ''}"
+            "250-SMTPUTF8\r\n250 DSN",
         )
 
     def _greet(self, name: bytes, protocol: str, reply: str) -> None:
@@ -333,18 +391,70 @@ class Session:
         self._protocol = protocol
         self._replies.append(reply)
 
+    def _auth(self, argument: bytes) -> None:
+        if self.client.login is not None:
+            raise Refused("503 5.5.1 You have authenticated already")
+        if self._protocol != "ESMTP":
+            raise Refused("503 5.5.1 Send EHLO first")
+        mechanism, _, initial = argument.partition(b" ")
+        if not mechanism or b" " in initial:
+            raise Refused("501 5.5.4 Write AUTH, a mechanism, and at most one initial response")
+        exchange = Exchange(mechanism)
+        if not self.offers_auth:
+            raise Refused("538 5.7.11 Encryption is required for this mechanism")
+        self._exchange = exchange
+        self._continue_exchange(exchange.start(initial or None))
+
+    def _continue_exchange(self, step: str | Credentials) -> None:
+        if isinstance(step, str):
+            self.state = SessionState.RESPONSE
+            self._replies.append(step)
+        else:
+            self._exchange = None
+            self.state = SessionState.VERIFYING
+            self._events.append(CredentialsReceived(step))
+
+    def _read_response(self) -> bool:
+        """Takes a response of the exchange; False if more input is needed."""
+        assert self._exchange is not None
+        line, newline, rest = self.input.partition(b"\n")
+        if not newline and len(line) < RESPONSE_LIMIT:
+            return False
+        self.lines += 1
+        self.state = SessionState.READY
+        self.input = rest
+        try:
+            if len(line) >= RESPONSE_LIMIT:
+                self._skipping, self._wasted = not newline, len(line)
+                raise Refused("500 5.5.6 Authentication exchange line is too long")
+            if line[-1:] != b"\r":
+                raise Refused("500 5.5.2 A line ends with CR LF")
+            self._continue_exchange(self._exchange.respond(line[:-1]))
+        except Refused as refused:
+            self._exchange = None
+            self._refuse(str(refused))
+        return True
+
     def _mail(self, argument: bytes) -> None:
+        if self.auth_required and self.client.login is None:
+            raise Refused("530 5.7.0 Authentication required")
         trusted = self.client.trusted
         sender, parameters = parse_sender(argument, self.greeting.hostname, trusted=trusted)
         size = int(parameters.get(b"SIZE", "0"))
         if size > self.greeting.max_message_size:
             raise Refused(Fault.TOO_BIG.value)
-        self.client.check_sender(size)
-        # The keyword of the trace field: RFC 3848, and RFC 6531 (4.3) for SMTPUTF8.
-        protocol = "UTF8SMTP" if b"SMTPUTF8" in parameters else self._protocol
+        self.client.check_sender(sender, size)
+        protocol = self._keyword(smtputf8=b"SMTPUTF8" in parameters)
         self.envelope = Envelope(sender, parameters, self._client_name, protocol)
         self.state = SessionState.SENDER
         self._replies.append("250 2.1.0 Ok")
+
+    def _keyword(self, *, smtputf8: bool) -> str:
+        """The keyword of the trace field: RFC 3848, and RFC 6531 (4.3) for SMTPUTF8."""
+        protocol = "UTF8SMTP" if smtputf8 else self._protocol
+        if protocol == "SMTP":
+            return protocol
+        return protocol + "S" * self.tls + "A" * (self.client.login is not None)
 
     def _rcpt(self, argument: bytes) -> None:
         assert self.envelope is not None
@@ -417,10 +527,20 @@ _HTTP_METHODS = b"GET POST PUT HEAD OPTIONS CONNECT DELETE PATCH PRI".split()
 _NO_HELO = "503 5.5.1 Send HELO or EHLO first"
 _NO_SENDER = "503 5.5.1 Send MAIL first"
 _NESTED = "503 5.5.1 A sender was given already"
+_NOT_WITHIN = "503 5.5.1 AUTH is not allowed within a transaction"
+_AUTH_OFFER = f"250-AUTH {b' '.join(MECHANISMS).decode()}\r\n"
+_IDLE = (
+    SessionState.START,
+    SessionState.READY,
+    SessionState.PRE_BANNER,
+    SessionState.RESPONSE,
+    SessionState.VERIFYING,
+)
 COMMANDS: Mapping[bytes, tuple[str | Callable[[Session, bytes], None], ...]] = {
     #        START     READY         SENDER                           RECIPIENTS
     b"MAIL": (_NO_HELO, Session._mail, _NESTED, _NESTED),
     b"RCPT": (_NO_HELO, _NO_SENDER, Session._rcpt, Session._rcpt),
+    b"AUTH": (_NO_HELO, Session._auth, _NOT_WITHIN, _NOT_WITHIN),
     b"DATA": (_NO_HELO, _NO_SENDER, "554 5.5.1 No valid recipients", Session._data),
     b"HELO": (Session._helo,) * 4,
     b"EHLO": (Session._ehlo,) * 4,
@@ -428,7 +548,7 @@ COMMANDS: Mapping[bytes, tuple[str | Callable[[Session, bytes], None], ...]] = {
     b"QUIT": (Session._quit,) * 4,
     b"NOOP": (_OK,) * 4,
     b"VRFY": ("252 2.1.5 Cannot verify; send some mail and see",) * 4,
-    b"HELP": ("214 2.0.0 HELO EHLO MAIL RCPT DATA RSET NOOP VRFY HELP QUIT",) * 4,
+    b"HELP": ("214 2.0.0 HELO EHLO AUTH MAIL RCPT DATA RSET NOOP VRFY HELP QUIT",) * 4,
     **dict.fromkeys(_HTTP_METHODS, (Session._http,) * 4),
 }
 """The method of a command in each state, or its reply."""

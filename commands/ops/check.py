@@ -25,7 +25,7 @@ from commands.ops.show import opened
 from commands.output import size, write
 from commands.standalone import valkey
 from qmqp.probe import probe
-from reception.policy import client_networks
+from reception.policy import Policy
 from relay.db import engine as database
 from relay.db import schema
 from relay.hints import QUEUES
@@ -70,7 +70,7 @@ def check_all() -> Iterator[CheckResult]:
     """Every result, the most important first."""
     try:
         smtpd, settings = load(SmtpdSettings), load(WorkerSettings)
-        client_networks(smtpd.client_networks, smtpd.publish)
+        Policy(smtpd)
         routes = Routes.load(settings)
     except SettingsError as error:
         faults = "; ".join(str(error).splitlines())

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 
 from qmqp.client import SendOutcome
+from reception.authentication import Authenticator
 from reception.policy import Policy
 from reception.spooler_client import SpoolerClient
 from relay import routes as module
@@ -70,6 +71,7 @@ def test_C13_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyP
             cast(Any, receiver),
             policy,
             lambda: offered_size(settings.max_message_size, routes),
+            Authenticator(asyncio.get_running_loop(), settings.database_url),
         )
         [(_, port)] = await server.listen([("127.0.0.1", 0)])
         hello, big, fits = await say(

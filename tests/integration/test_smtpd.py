@@ -33,6 +33,7 @@ import pytest
 import uvloop
 from sqlalchemy import create_engine, text
 
+from reception.authentication import FAILURE_DELAY, Authenticator
 from reception.policy import Policy
 from reception.receiver import BLOCK, MAX_BUFFERED, DiskThreads, Receiver
 from reception.space import MIN_FREE
@@ -71,8 +72,16 @@ class FakeDatabase:
 class ServerHarness:
     """A server in a thread."""
 
-    def __init__(self, spool: Spool, settings: SmtpdSettings, bodies_at_once: int) -> None:
+    def __init__(
+        self,
+        spool: Spool,
+        settings: SmtpdSettings,
+        bodies_at_once: int,
+        *,
+        failure_delay: float = FAILURE_DELAY,
+    ) -> None:
         self.spool, self.settings, self.bodies_at_once = spool, settings, bodies_at_once
+        self.failure_delay = failure_delay
         self.database = FakeDatabase()
         self.hints: list[str] = []
         self.loop = uvloop.new_event_loop()
@@ -104,11 +113,13 @@ class ServerHarness:
             self.receiver,
             Policy(self.settings),
             lambda: self.settings.max_message_size,
+            Authenticator(self.loop, self.settings.database_url, failure_delay=self.failure_delay),
         )
         [(self.host, self.port)] = await self.server.listen([("127.0.0.1", 0)])
         self._ready.set()
         await self._stop.wait()
         await self.server.stop(self.drain)
+        await self.server.authenticator.close()
         self.database.gate.set()
         await self.spooler.close(10.0)
         await self.loop.run_in_executor(None, self.receiver.threads.close, 10.0)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reception.envelope import Recipient, Refused
+from reception.login import Login
 from reception.policy import ClientPolicy
 from smtpd.session import (
     COMMAND_LIMIT,
@@ -36,9 +37,18 @@ class FakePolicy:
     def __init__(self, *, trusted: bool = False) -> None:
         self.trusted = self.strips_cr = trusted
         self.accepts_all = False
+        self.plaintext_auth = False
+        self.login: Login | None = None
 
-    def check_sender(self, size: int) -> None:
+    def as_user(self, login: Login) -> "FakePolicy":
+        policy = FakePolicy(trusted=True)
+        policy.login = login
+        return policy
+
+    def check_sender(self, sender: str, size: int) -> None:
         assert size <= 1000
+        if self.login is not None:
+            self.login.begin_message(sender)
 
     def check_recipient(self, recipient: Recipient, accepted: int) -> None:
         if recipient.domain == "denied":
