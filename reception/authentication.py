@@ -140,7 +140,7 @@ class Authenticator:
         """Records who was seen, if the database answers at once, and ends the threads."""
         if self._refresh_timer is not None:
             self._refresh_timer.cancel()
-            noted = self._threads.run(partial(self._read, [], self._take_seen()))
+            noted = self._threads.run(partial(_read, self._users, [], self._take_seen()))
             await asyncio.wait([noted], timeout=CLOSE_TIMEOUT)
             if noted.done():
                 noted.exception()  # the database is away: nothing can be recorded
@@ -171,18 +171,19 @@ class Authenticator:
                 self._succeed(attempt, known.login)  # others of its sessions waited before it
             else:
                 self._running += 1
-                verdict = self._threads.run(partial(self._verify, attempt.credentials))
+                call = partial(self._verify, self._users, attempt.credentials)
+                verdict = self._threads.run(call)
                 verdict.add_done_callback(partial(self._verified, attempt))
 
-    def _verify(self, credentials: Credentials) -> _Verdict:
+    def _verify(self, users: Users, credentials: Credentials) -> _Verdict:
         """Reads the row and computes the hash; it runs in a thread."""
         from relay import passwords  # what an smtpd without users never needs
 
         name = credentials.name.lower()
-        user = self._users.find([name]).get(name)
-        metrics.PASSWORD_VERIFICATIONS.inc()
+        user = users.find([name]).get(name)
         hash_ = passwords.UNKNOWN if user is None else user.password_hash
         is_right = passwords.verify(hash_, credentials.password)
+        metrics.PASSWORD_VERIFICATIONS.inc()
         if user is None:
             return None, "unknown user"
         if not is_right:
@@ -303,14 +304,8 @@ class Authenticator:
         logins = dict(self._logins)
         if logins:
             seen = self._take_seen()
-            rows = self._threads.run(partial(self._read, list(logins), seen))
+            rows = self._threads.run(partial(_read, self._users, list(logins), seen))
             rows.add_done_callback(partial(self._refreshed, logins, seen))
-
-    def _read(self, names: list[str], seen: list[str]) -> dict[str, User]:
-        """Records who was seen; the users of these names. It runs in a thread."""
-        if seen:
-            self._users.note_seen(seen)
-        return self._users.find(names) if names else {}
 
     def _refreshed(
         self, logins: dict[str, Login], seen: list[str], rows: asyncio.Future[dict[str, User]]
@@ -348,6 +343,13 @@ class Authenticator:
         for key, known in tuple(self.remembered.items()):
             if known.until < now or known.login.revoked:
                 del self.remembered[key]
+
+
+def _read(users: Users, names: list[str], seen: list[str]) -> dict[str, User]:
+    """Records who was seen; the users of these names. It runs in a thread."""
+    if seen:
+        users.note_seen(seen)
+    return users.find(names) if names else {}
 
 
 def _facts(attempt: LoginAttempt) -> dict[str, str]:
