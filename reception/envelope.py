@@ -63,7 +63,8 @@ class Recipient:
 @dataclass(slots=True)
 class Envelope:
     """One transaction, `started` at this time (monotonic): `sender` is '' if it is null,
-    `parameters` are those of MAIL, and `protocol` is the keyword of the trace field (RFC 3848)."""
+    `parameters` are those of MAIL, and `protocol` is the keyword of the trace field (RFC 3848).
+    `auth_user` is the authenticated user, if any."""
 
     sender: str
     parameters: Mapping[bytes, str]
@@ -71,3 +72,4 @@ class Envelope:
     protocol: str
     recipients: list[Recipient] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+    auth_user: str | None = None

@@ -74,11 +74,6 @@ class ClientPolicy:
     plaintext_auth: bool = False
     login: Login | None = None
 
-    @property
-    def user(self) -> str | None:
-        """The name of the user that has logged in."""
-        return None if self.login is None else self.login.name
-
     def as_user(self, login: Login) -> "ClientPolicy":
         """The rules after a login: it may relay, like a client in CLIENT_NETWORKS."""
         return replace(self, trusted=True, login=login)

@@ -248,7 +248,7 @@ class Reception:
             self._client.address,
             envelope.helo,
             envelope.protocol,
-            self._client.user,
+            envelope.auth_user,
             header_message_id=self._header_message_id,
             body_type=envelope.parameters.get(b"BODY"),
             ret=envelope.parameters.get(b"RET"),
@@ -269,8 +269,8 @@ class Reception:
         metrics.RECEIVED_BYTES.inc(self._size)
         metrics.ACCEPT_SECONDS.observe(now - self._ended)
         more: dict[str, Any] = {} if self._reply else {"reply_sent": False}
-        if self._client.login is not None:
-            more["user"] = self._client.user
+        if self._envelope.auth_user is not None:
+            more["user"] = self._envelope.auth_user
         self._send(f"250 2.0.0 Ok: queued as {self.id}")
         log.info(
             "accepted",

@@ -310,7 +310,7 @@ class SmtpConnection(asyncio.Protocol):
             envelope.started + self._server.settings.session_timeout
         ):
             self._refuse("421 4.4.2 Transaction takes too long, closing connection")
-        elif self.session.state is SessionState.CONTENT and not self.client.trusted:
+        elif self.session.state is SessionState.CONTENT and not self.session.client.trusted:
             self._check_rate(now)
 
     def _check_rate(self, now: float) -> None:
@@ -362,7 +362,7 @@ class SmtpConnection(asyncio.Protocol):
                 case MailStarted():
                     receiver = self._server.receiver
                     self.reception = Reception(
-                        receiver, event.envelope, self.client, self._reply, self._throttle
+                        receiver, event.envelope, session.client, self._reply, self._throttle
                     )
                     self.restart_rate(time.monotonic())
                 case DataReceived() if self.reception is not None:
@@ -416,9 +416,7 @@ class SmtpConnection(asyncio.Protocol):
         if isinstance(result, str):
             self._handle(self.session.authentication_failed(result))
         else:
-            events = self.session.authenticated(result)
-            self.client = self.session.client
-            self._handle(events)
+            self._handle(self.session.authenticated(result))
 
     def _refuse(self, reply: str) -> None:
         """Closes the connection with a reply."""

@@ -145,7 +145,8 @@ class Session:
         self._exchange: Exchange | None = None  # of the AUTH that awaits a response
         self._auth_failures = 0
         self.tls = False
-        self.auth_required = False
+        self.auth_required = False  # nobody sends mail without authentication
+        self.user: str | None = None  # that the client authenticated as
         self.halted = False
         self.lines = 0  # begun
         self.pause: float | None = None
@@ -206,6 +207,7 @@ class Session:
         """The credentials were right; continues with the input after them."""
         self._end_verification()
         self.client = self.client.as_user(login)
+        self.user = login.name
         self._replies.append("235 2.7.0 Authentication successful")
         return self._advance()
 
@@ -394,7 +396,7 @@ class Session:
     def _auth(self, argument: bytes) -> None:
         if self.client.login is not None:
             raise Refused("503 5.5.1 You have authenticated already")
-        if self._protocol != "ESMTP":
+        if self._protocol == "SMTP":
             raise Refused("503 5.5.1 Send EHLO first")
         mechanism, _, initial = argument.partition(b" ")
         if not mechanism or b" " in initial:
@@ -436,7 +438,7 @@ class Session:
         return True
 
     def _mail(self, argument: bytes) -> None:
-        if self.auth_required and self.client.login is None:
+        if self.auth_required and self.user is None:
             raise Refused("530 5.7.0 Authentication required")
         trusted = self.client.trusted
         sender, parameters = parse_sender(argument, self.greeting.hostname, trusted=trusted)
@@ -446,15 +448,17 @@ class Session:
         self.client.check_sender(sender, size)
         protocol = self._keyword(smtputf8=b"SMTPUTF8" in parameters)
         self.envelope = Envelope(sender, parameters, self._client_name, protocol)
+        self.envelope.auth_user = self.user
         self.state = SessionState.SENDER
         self._replies.append("250 2.1.0 Ok")
 
     def _keyword(self, *, smtputf8: bool) -> str:
         """The keyword of the trace field: RFC 3848, and RFC 6531 (4.3) for SMTPUTF8."""
-        protocol = "UTF8SMTP" if smtputf8 else self._protocol
-        if protocol == "SMTP":
-            return protocol
-        return protocol + "S" * self.tls + "A" * (self.client.login is not None)
+        if not smtputf8 and self._protocol == "SMTP":
+            return "SMTP"
+        protocol = "UTF8SMTP" if smtputf8 else "ESMTP"
+        logged_in = self.client.login is not None
+        return f"{protocol}{'S' if self.tls else ''}{'A' if logged_in else ''}"
 
     def _rcpt(self, argument: bytes) -> None:
         assert self.envelope is not None

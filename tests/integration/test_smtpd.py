@@ -136,7 +136,7 @@ class ServerHarness:
         self.loop.call_soon_threadsafe(self._stop.set)
 
     def close(self) -> None:
-        if self._thread.is_alive():
+        with suppress(RuntimeError):  # the loop has closed: a test asked it to stop
             self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(30)
         assert not self._thread.is_alive()

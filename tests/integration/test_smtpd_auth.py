@@ -74,7 +74,8 @@ def test_a_login_relays_and_is_recorded(run: Start) -> None:
     [accepted] = [entry for entry in logs if entry["event"] == "accepted"]
     assert accepted["user"] == "ann"
     assert RIGHT not in str(logs)
-    assert running.server.untrusted == 0, "the connection is counted as it came"
+    until(lambda: not running.server.connections, what="the connection is gone")
+    assert running.server.untrusted == 0, "it was counted as it came, and is taken away so"
 
 
 def test_a_message_without_a_login_names_no_user(run: Start) -> None:
