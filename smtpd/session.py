@@ -137,6 +137,9 @@ class Session:
         self._skipping = False  # the rest of a line that was too long
         self._client_name = ""
         self._protocol = "SMTP"
+        self.tls = False
+        self.auth_required = False  # nobody sends mail without authentication
+        self.user: str | None = None  # that the client authenticated as
         self.envelope: Envelope | None = None  # of the open transaction
         self._positions: dict[str, int] = {}  # of a mailbox among the recipients
         self._content: Content | None = None
@@ -144,9 +147,6 @@ class Session:
         self._wasted = 0  # octets of a line that is too long, or of content that is not stored
         self._exchange: Exchange | None = None  # of the AUTH that awaits a response
         self._auth_failures = 0
-        self.tls = False
-        self.auth_required = False  # nobody sends mail without authentication
-        self.user: str | None = None  # that the client authenticated as
         self.halted = False
         self.lines = 0  # begun
         self.pause: float | None = None
