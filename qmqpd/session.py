@@ -112,7 +112,7 @@ class QmqpSession:
     def _take(self, event: RequestEvent) -> None:
         match event:
             case RequestStarted(size):
-                self.client.check_sender(size)
+                self.client.check_sender("", size)
                 self.envelope = Envelope("", {b"SIZE": str(size)}, "", PROTOCOL)
                 self.state = RequestState.CONTENT
                 self._events.append(MailStarted(self.envelope))

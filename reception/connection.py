@@ -17,6 +17,7 @@ from typing import Protocol, cast
 
 from reception.envelope import Envelope
 from reception.events import (
+    CredentialsReceived,
     DataComplete,
     DataReceived,
     Event,
@@ -24,6 +25,7 @@ from reception.events import (
     Refusal,
     TlsRequested,
 )
+from reception.login import Credentials
 from reception.policy import ClientPolicy
 from reception.receiver import MAX_BUFFERED, Reception
 from reception.server import STOPPING, Door, FrontEnd
@@ -39,7 +41,10 @@ log = get_logger(__name__)
 
 class DoorSession(Protocol):
     """What a connection needs of its session. A reply is a text with the codes of SMTP, such as
-    `451 4.3.0 Try again later`; the session knows how its protocol says that."""
+    `451 4.3.0 Try again later`; the session knows how its protocol says that. `client` has the
+    rules of a login, if there was one."""
+
+    client: ClientPolicy
 
     @property
     def closed(self) -> bool:
@@ -163,6 +168,10 @@ class MailConnection(asyncio.Protocol, ABC):
     def _begin_handshake(self) -> None:
         """The client may begin TLS; a session of a protocol without TLS never says so."""
 
+    def _authenticate(self, credentials: Credentials) -> None:
+        """Credentials wait for their verdict; a session of a protocol without AUTH never says
+        so."""
+
     def _check_progress(self, now: float) -> None:
         """Ends a client that sends too slowly."""
 
@@ -197,7 +206,7 @@ class MailConnection(asyncio.Protocol, ABC):
                 case MailStarted():
                     receiver = self._server.receiver
                     self.reception = Reception(
-                        receiver, event.envelope, self.client, self._reply, self._throttle
+                        receiver, event.envelope, session.client, self._reply, self._throttle
                     )
                     self.restart_rate(time.monotonic())
                 case DataReceived() if self.reception is not None:
@@ -208,6 +217,8 @@ class MailConnection(asyncio.Protocol, ABC):
                     self.reception.complete(event.header_message_id)
                 case TlsRequested():
                     self._begin_handshake()
+                case CredentialsReceived(credentials):
+                    self._authenticate(credentials)
                 case Refusal(reply):
                     self._cancel()
                     metrics.refused(reply, self._door.name)

@@ -17,8 +17,14 @@ ASCII_ONLY = "553 5.6.7 Only ASCII addresses are accepted here"
 class Refused(Exception):
     """A command, a sender or a recipient is refused.
 
-    Its text is the reply without its line end: code, enhanced code (RFC 3463) and text.
+    Its text is the reply without its line end: code, enhanced code (RFC 3463) and text. A reply 421
+    also ends the session.
     """
+
+    @property
+    def closes(self) -> bool:
+        """Whether the session ends."""
+        return str(self).startswith("421")
 
 
 @dataclass(frozen=True, slots=True)

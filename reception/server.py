@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+from reception.authentication import Authenticator
 from reception.envelope import Refused
 from reception.listeners import SystemdSockets
 from reception.policy import ClientPolicy, Policy
@@ -74,6 +75,7 @@ class FrontEnd:
     settings: SmtpdSettings
     receiver: Receiver
     size_limit: Callable[[], int]
+    authenticator: Authenticator
     last_descriptor: float = math.inf
     certificate: CertificatePair | None = None
     connections: "set[MailConnection]" = field(default_factory=set)
@@ -206,7 +208,7 @@ class FrontEnd:
         if not idle:
             self._next_search = now + 1.0
             return False
-        min(idle, key=lambda each: (each.client.trusted, each.deadline)).yield_place()
+        min(idle, key=lambda each: (each.session.client.trusted, each.deadline)).yield_place()
         return True
 
     def add(self, connection: "MailConnection", door: Door) -> None:

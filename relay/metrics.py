@@ -49,6 +49,12 @@ REFUSALS = Counter(
     "commands and messages refused, by code and enhanced code",
     ["door", "reply"],
 )
+AUTHENTICATIONS = Counter(
+    "relay_authentications", "attempts to log in, by what they led to", ["result"]
+)
+PASSWORD_VERIFICATIONS = Counter(
+    "relay_password_verifications", "computations of a password's hash"
+)
 RECEIVED_BYTES = Counter("relay_received_bytes", "bytes of the bodies of accepted messages")
 ACCEPT_SECONDS = Histogram(
     "relay_accept_seconds", "from the end of a message to its 250", buckets=_QUICK

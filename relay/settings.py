@@ -308,6 +308,7 @@ class SmtpdSettings(Settings):
     smtp_listen: Listeners = (Listener("127.0.0.1", 2525),)
     publish: str = ""
     client_networks: Networks = ("127.0.0.0/8", "::1")
+    auth_plaintext_networks: Networks = ()
     qmqp_listen: QmqpListeners = ()
     qmqp_publish: str = ""
     qmqp_client_networks: Networks = ("127.0.0.0/8", "::1")

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from qmqpd.server import QmqpConnection
+from reception.authentication import Authenticator
 from reception.listeners import SystemdSockets
 from reception.policy import Policy, qmqp_networks
 from reception.receiver import THREADS, DiskThreads, Receiver
@@ -95,7 +96,10 @@ async def _serve(
         state.spool, spooler, routes.route_for, settings, threads, asyncio.Semaphore(bodies)
     )
     size_limit = partial(offered_size, settings.max_message_size, routes)
-    server = FrontEnd(loop, settings, receiver, size_limit, last_descriptor, certificate)
+    authenticator = Authenticator(loop, settings.database_url)
+    server = FrontEnd(
+        loop, settings, receiver, size_limit, authenticator, last_descriptor, certificate
+    )
     await spooler.start()
     freeze_memory()
     passed = SystemdSockets()
@@ -119,6 +123,7 @@ async def _serve(
     stop_metrics()
     log.info("stopping", sessions=len(server.connections))
     await server.stop(settings.drain_timeout)
+    await authenticator.close()
     await spooler.close(5.0)
     await loop.run_in_executor(None, threads.close, 5.0)
     await loop.run_in_executor(None, hints.close)

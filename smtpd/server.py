@@ -13,6 +13,7 @@ from dataclasses import replace
 from reception.connection import MailConnection
 from reception.envelope import TlsState
 from reception.handshake import handshake, handshake_fault
+from reception.login import Credentials, Login
 from reception.server import STOPPING, Door, FrontEnd
 from relay import metrics
 from relay.listeners import Listener
@@ -65,6 +66,11 @@ class SmtpConnection(MailConnection):
             self.transport.abort()
         else:
             super().stop(idle=idle)
+
+    def check_deadlines(self, now: float) -> None:
+        """Ends what takes too long; the authenticator has a timeout of its own."""
+        if self.session.state is not SessionState.VERIFYING:
+            super().check_deadlines(now)
 
     def pause_writing(self) -> None:
         self.session.halted = True
@@ -147,7 +153,7 @@ class SmtpConnection(MailConnection):
             self.data_received(secure.early)
 
     def _check_progress(self, now: float) -> None:
-        if self.session.state is not SessionState.CONTENT or self.client.trusted:
+        if self.session.state is not SessionState.CONTENT or self.session.client.trusted:
             return
         seconds = now - self.window_started
         if self.reading_paused:  # the disk is slow, not the client
@@ -169,11 +175,29 @@ class SmtpConnection(MailConnection):
             self._extend()
             self._handle(self.session.resume())
 
+    def _authenticate(self, credentials: Credentials) -> None:
+        self._server.authenticator.authenticate(credentials, self.client, self._authenticated)
+
+    def _authenticated(self, result: Login | str) -> None:
+        """The verdict about credentials: a login, or the reply that refuses them."""
+        if self.session.closed:
+            return
+        self._extend()
+        if isinstance(result, str):
+            self._handle(self.session.authentication_failed(result))
+        else:
+            self._handle(self.session.authenticated(result))
+
     def _continue(self) -> None:
         pause = self.session.pause
         if pause is not None:
             self._schedule(pause)
-        if self.reading_paused or self.reception is not None or pause is not None:
+        if (
+            self.reading_paused
+            or self.reception is not None
+            or pause is not None
+            or self.session.state is SessionState.VERIFYING
+        ):
             self._throttle()
 
     def _throttle(self) -> None:

@@ -3,7 +3,8 @@
 `receive` takes any number of bytes and returns events; `replies` returns the replies to all of them
 in one piece, so that a pipelined group (RFC 2920) is answered in one write. `COMMANDS` says what a
 command does, or is answered, in each state. After `DataComplete` input waits for `reply`, so that
-no command overtakes the message. If the connection is lost before that, the driver cancels it.
+no command overtakes the message; likewise after `CredentialsReceived` (RFC 4954). If the connection
+is lost before that, the driver cancels it.
 
 What must stay true: content never runs as commands. Input before the banner or behind a refused
 DATA closes the connection, and so do BDAT, HTTP, TLS and too many errors. Input behind STARTTLS is
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 from reception.envelope import Envelope, Refused, TlsState
 from reception.events import (
+    CredentialsReceived,
     DataComplete,
     DataReceived,
     Event,
@@ -25,9 +27,11 @@ from reception.events import (
     Refusal,
     TlsRequested,
 )
+from reception.login import Credentials, Login
 from reception.policy import ClientPolicy
 from smtpd.addresses import parse_recipient, parse_sender
 from smtpd.content import Content, Fault
+from smtpd.sasl import MECHANISMS, RESPONSE_LIMIT, Exchange
 
 LINE_LIMIT = 2048
 """Octets of a command line with its CRLF. RFC 5321 (4.5.3.1.4) asks for at least 512, SIZE and DSN
@@ -51,6 +55,9 @@ TARPIT = 1.0  # seconds
 ENDLESS = 1 << 20
 """Octets of a line, or of content that is not stored, after which the connection is closed."""
 
+AUTH_FAILURES = 3
+"""Of a connection, after which it is closed."""
+
 _OK = "250 2.0.0 Ok"
 _TOO_LONG = "500 5.5.2 Line too long"
 _NOT_TAKEN = "421 4.3.0 Message cannot be taken, closing connection"
@@ -71,6 +78,8 @@ class SessionState(IntEnum):
     PRE_BANNER = 6  # the banner was not sent yet
     CLOSED = 7
     HANDSHAKE = 8  # what comes now is no SMTP
+    RESPONSE = 9  # an exchange of AUTH awaits a response of the client
+    VERIFYING = 10  # credentials have come, their verdict is due
 
 
 class Greeting(NamedTuple):
@@ -86,7 +95,8 @@ class Session:
 
     Call `start`, then `receive` and `reply`; after each send `replies`, then check `closed`.
     `pause` is the seconds after which `resume` is due (0: in the next turn of the loop), or None;
-    input waits until then. The driver sets `halted` while the client does not read.
+    input waits until then. The driver sets `halted` while the client does not read, and
+    `auth_required` where nobody sends without a login.
     """
 
     def __init__(
@@ -112,6 +122,8 @@ class Session:
         self._content: Content | None = None
         self._unwanted = False  # the content cannot be stored
         self._wasted = 0  # octets of a line that is too long, or of content that is not stored
+        self._exchange: Exchange | None = None  # of the AUTH that awaits a response
+        self._auth_failures = 0
         self.halted = False
         self.lines = 0  # begun
         self.pause: float | None = None
@@ -124,7 +136,12 @@ class Session:
     @property
     def idle(self) -> bool:
         """Whether no transaction is open, so that closing costs the client nothing."""
-        return self.state in (SessionState.START, SessionState.READY, SessionState.PRE_BANNER)
+        return self.state in _IDLE
+
+    @property
+    def offers_auth(self) -> bool:
+        """Whether the client may log in: nobody else can read its password, and it has not."""
+        return self.client.login is None and (self.tls is not None or self.client.plaintext_auth)
 
     @property
     def quit_pending(self) -> bool:
@@ -167,6 +184,33 @@ class Session:
             self._errors = self._commands = 0
         return self._advance()
 
+    def authenticated(self, login: Login) -> list[Event]:
+        """The credentials were right; continues with the input after them."""
+        self._end_verification()
+        self.client = self.client.as_user(login)
+        self.user = login.name
+        self._replies.append("235 2.7.0 Authentication successful")
+        return self._advance()
+
+    def authentication_failed(self, reply: str) -> list[Event]:
+        """The credentials are refused; continues with the input after them, unless the reply is 421
+        or the client has failed too often."""
+        self._end_verification()
+        self._events = []
+        self._auth_failures += reply.startswith("535")
+        if reply.startswith("421"):
+            self._refuse_and_close(reply)
+        else:
+            self._refuse(reply)
+            if self._auth_failures >= AUTH_FAILURES and not self.closed:
+                self.close("421 4.7.0 Too many failed authentications, closing connection")
+        return self._events + self._advance()
+
+    def _end_verification(self) -> None:
+        if self.state is not SessionState.VERIFYING:
+            raise RuntimeError("no verdict is due")
+        self._reset()
+
     def close(self, *reply: str) -> None:
         """Ends the session with this reply in any state."""
         self._replies += reply
@@ -192,8 +236,11 @@ class Session:
                     break
             elif self.state is SessionState.CONTENT:
                 self._read_content()
-            elif self.state is SessionState.AWAIT_REPLY:
+            elif self.state in (SessionState.AWAIT_REPLY, SessionState.VERIFYING):
                 break
+            elif self.state is SessionState.RESPONSE:
+                if not self._read_response():
+                    break
             else:
                 if self.state is SessionState.PRE_BANNER:
                     self._refuse_and_close("554 5.5.0 The client must wait for the banner")
@@ -269,6 +316,9 @@ class Session:
             else:
                 raise Refused(cell)
         except Refused as refused:
+            if refused.closes:
+                self._refuse_and_close(str(refused))
+                return
             self._refuse(str(refused))
             # A client waits for the reply to DATA, so input behind it shows that it did not wait,
             # and the input is content; the content of BDAT (RFC 3030) follows in any case. This is
@@ -317,7 +367,8 @@ class Session:
             "ESMTP" if self.tls is None else "ESMTPS",
             f"250-{self.greeting.hostname}\r\n250-PIPELINING\r\n{starttls}"
             f"250-SIZE {self.greeting.max_message_size}\r\n250-8BITMIME\r\n"
-            "250-ENHANCEDSTATUSCODES\r\n250-SMTPUTF8\r\n250 DSN",
+            f"250-ENHANCEDSTATUSCODES\r\n{_AUTH_OFFER if self.offers_auth else ''}"
+            "250-SMTPUTF8\r\n250 DSN",
         )
 
     def _greet(self, name: bytes, protocol: str, reply: str) -> None:
@@ -328,6 +379,50 @@ class Session:
         self._protocol = protocol
         self._replies.append(reply)
 
+    def _auth(self, argument: bytes) -> None:
+        if self.client.login is not None:
+            raise Refused("503 5.5.1 You have authenticated already")
+        if self._protocol == "SMTP":
+            raise Refused("503 5.5.1 Send EHLO first")
+        mechanism, _, initial = argument.partition(b" ")
+        if not mechanism or b" " in initial:
+            raise Refused("501 5.5.4 Write AUTH, a mechanism, and at most one initial response")
+        exchange = Exchange(mechanism)
+        if not self.offers_auth:
+            raise Refused("538 5.7.11 Encryption is required for this mechanism")
+        self._exchange = exchange
+        self._continue_exchange(exchange.start(initial or None))
+
+    def _continue_exchange(self, step: str | Credentials) -> None:
+        if isinstance(step, str):
+            self.state = SessionState.RESPONSE
+            self._replies.append(step)
+        else:
+            self._exchange = None
+            self.state = SessionState.VERIFYING
+            self._events.append(CredentialsReceived(step))
+
+    def _read_response(self) -> bool:
+        """Takes a response of the exchange; False if more input is needed."""
+        assert self._exchange is not None
+        line, newline, rest = self.input.partition(b"\n")
+        if not newline and len(line) < RESPONSE_LIMIT:
+            return False
+        self.lines += 1
+        self.state = SessionState.READY
+        self.input = rest
+        try:
+            if len(line) >= RESPONSE_LIMIT:
+                self._skipping, self._wasted = not newline, len(line)
+                raise Refused("500 5.5.6 Authentication exchange line is too long")
+            if line[-1:] != b"\r":
+                raise Refused("500 5.5.2 A line ends with CR LF")
+            self._continue_exchange(self._exchange.respond(line[:-1]))
+        except Refused as refused:
+            self._exchange = None
+            self._refuse(str(refused))
+        return True
+
     def _mail(self, argument: bytes) -> None:
         if self.auth_required and self.user is None:
             raise Refused("530 5.7.0 Authentication required")
@@ -336,18 +431,23 @@ class Session:
         size = int(parameters.get(b"SIZE", "0"))
         if size > self.greeting.max_message_size:
             raise Refused(Fault.TOO_BIG.value)
-        self.client.check_sender(size)
+        self.client.check_sender(sender, size)
         self.client.check_rate("messages", sender, self.user)
-        # The keyword of the trace field: RFC 3848, and RFC 6531 (4.3) for SMTPUTF8.
-        protocol = self._protocol
-        if b"SMTPUTF8" in parameters:
-            protocol = "UTF8SMTP" if self.tls is None else "UTF8SMTPS"
+        protocol = self._keyword(smtputf8=b"SMTPUTF8" in parameters)
         self.envelope = Envelope(sender, parameters, self._client_name, protocol)
         if self.tls is not None:
             self.envelope.tls = str(self.tls)
         self.envelope.auth_user = self.user
         self.state = SessionState.SENDER
         self._replies.append("250 2.1.0 Ok")
+
+    def _keyword(self, *, smtputf8: bool) -> str:
+        """The keyword of the trace field: RFC 3848, and RFC 6531 (4.3) for SMTPUTF8."""
+        if not smtputf8 and self._protocol == "SMTP":
+            return "SMTP"
+        protocol = "UTF8SMTP" if smtputf8 else "ESMTP"
+        logged_in = self.client.login is not None
+        return f"{protocol}{'S' if self.tls is not None else ''}{'A' if logged_in else ''}"
 
     def _rcpt(self, argument: bytes) -> None:
         assert self.envelope is not None
@@ -435,10 +535,20 @@ _HTTP_METHODS = b"GET POST PUT HEAD OPTIONS CONNECT DELETE PATCH PRI".split()
 _NO_HELO = "503 5.5.1 Send HELO or EHLO first"
 _NO_SENDER = "503 5.5.1 Send MAIL first"
 _NESTED = "503 5.5.1 A sender was given already"
+_NOT_WITHIN = "503 5.5.1 AUTH is not allowed within a transaction"
+_AUTH_OFFER = f"250-AUTH {b' '.join(MECHANISMS).decode()}\r\n"
+_IDLE = (
+    SessionState.START,
+    SessionState.READY,
+    SessionState.PRE_BANNER,
+    SessionState.RESPONSE,
+    SessionState.VERIFYING,
+)
 COMMANDS: Mapping[bytes, tuple[str | Callable[[Session, bytes], None], ...]] = {
     #        START     READY         SENDER                           RECIPIENTS
     b"MAIL": (_NO_HELO, Session._mail, _NESTED, _NESTED),
     b"RCPT": (_NO_HELO, _NO_SENDER, Session._rcpt, Session._rcpt),
+    b"AUTH": (_NO_HELO, Session._auth, _NOT_WITHIN, _NOT_WITHIN),
     b"DATA": (_NO_HELO, _NO_SENDER, "554 5.5.1 No valid recipients", Session._data),
     b"HELO": (Session._helo,) * 4,
     b"EHLO": (Session._ehlo,) * 4,
@@ -447,7 +557,7 @@ COMMANDS: Mapping[bytes, tuple[str | Callable[[Session, bytes], None], ...]] = {
     b"NOOP": (_OK,) * 4,
     b"STARTTLS": (Session._starttls,) * 4,
     b"VRFY": ("252 2.1.5 Cannot verify; send some mail and see",) * 4,
-    b"HELP": ("214 2.0.0 HELO EHLO MAIL RCPT DATA RSET NOOP VRFY HELP QUIT",) * 4,
+    b"HELP": ("214 2.0.0 HELO EHLO AUTH MAIL RCPT DATA RSET NOOP VRFY HELP QUIT",) * 4,
     **dict.fromkeys(_HTTP_METHODS, (Session._http,) * 4),
 }
 """The method of a command in each state, or its reply."""

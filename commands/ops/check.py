@@ -26,7 +26,7 @@ from commands.ops.show import opened
 from commands.output import size, write
 from commands.standalone import valkey
 from qmqp.probe import probe
-from reception.policy import qmqp_networks, smtp_networks
+from reception.policy import Policy, qmqp_networks
 from relay.db import engine as database
 from relay.db import schema
 from relay.hints import QUEUES
@@ -72,7 +72,7 @@ def check_all() -> Iterator[CheckResult]:
     """Every result, the most important first."""
     try:
         smtpd, settings = load(SmtpdSettings), load(WorkerSettings)
-        smtp_networks(smtpd)
+        Policy(smtpd)
         qmqp_networks(smtpd)
         routes = Routes.load(settings)
     except SettingsError as error:

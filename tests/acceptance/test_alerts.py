@@ -57,6 +57,18 @@ CASES: list[Case] = [
     ("RelaySpoolIsFull", {ROOM + '{job="a"}': "5e9x20", ROOM + '{job="b"}': "9e8x20"}, [2], [0]),
     ("RelayDatabaseIsAway", {UP + '{job="a"}': "1x20", UP + '{job="b"}': "1x5 0x15"}, [8], [6]),
     ("RelayTargetsDown", {UP: "1x5 stale"}, [9], [7]),
+    (
+        "RelayPasswordsAreTried",
+        {'relay_authentications_total{result="failed"}': "0+10x30"},
+        [10],
+        [3],
+    ),
+    (
+        "RelayPasswordsAreTried",
+        {'relay_authentications_total{result="accepted"}': "0+99x30"},
+        [],
+        [10],
+    ),
     ("RelaySpoolerRestarted", {"relay_spooler_restarts_total": "0x5 1x40"}, [7, 19], [5, 25]),
     (
         "RelayBrokerListGrows",

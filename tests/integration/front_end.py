@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from reception.authentication import FAILURE_DELAY, Authenticator
 from reception.receiver import DiskThreads, Receiver
 from reception.server import Door, FrontEnd
 from reception.spooler import Spooler
@@ -111,7 +112,10 @@ class ServerHarness:
         door: Callable[[SmtpdSettings], Door],
         listener: Listener = Listener("127.0.0.1", 0),  # noqa: B008 - it is immutable
         new_loop: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
+        *,
+        failure_delay: float = FAILURE_DELAY,
     ) -> None:
+        self.failure_delay = failure_delay
         self.listener = listener
         self.certificate = certificate_pair(settings, settings.tls_client_ca)
         self.door = door(settings)
@@ -151,6 +155,7 @@ class ServerHarness:
             self.settings,
             self.receiver,
             lambda: self.settings.max_message_size,
+            Authenticator(self.loop, self.settings.database_url, failure_delay=self.failure_delay),
             certificate=self.certificate,
         )
         [address] = await self.server.listen(self.door, [self.listener])
@@ -158,6 +163,7 @@ class ServerHarness:
         self._ready.set()
         await self._stop.wait()
         await self.server.stop(self.drain)
+        await self.server.authenticator.close()
         self.database.gate.set()
         await self.spooler.close(10.0)
         await self.loop.run_in_executor(None, self.receiver.threads.close, 10.0)

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 
 from qmqp.client import SendOutcome
+from reception.authentication import Authenticator
 from reception.policy import Policy
 from reception.server import Door, FrontEnd
 from reception.spooler_client import SpoolerClient
@@ -71,6 +72,7 @@ def test_C13_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyP
             settings,
             cast(Any, receiver),
             lambda: offered_size(settings.max_message_size, routes),
+            Authenticator(asyncio.get_running_loop(), settings.database_url),
         )
         [address] = await server.listen(smtp, [Listener("127.0.0.1", 0)])
         port = parse_listen(address)[1]

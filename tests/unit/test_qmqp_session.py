@@ -30,7 +30,7 @@ class FullDisk:
     def check_rate(self, what: str, sender: str = "", user: str | None = None) -> None:
         """No limits."""
 
-    def check_sender(self, size: int) -> None:
+    def check_sender(self, sender: str, size: int) -> None:
         if size > 4000:
             raise Refused("452 4.3.1 Insufficient system storage")
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from reception.envelope import Recipient, Refused
 from reception.events import DataComplete, DataReceived, Event, MailStarted, Refusal
+from reception.login import Login
 from reception.policy import ClientPolicy
 from smtpd.session import (
     COMMAND_LIMIT,
@@ -34,9 +35,18 @@ class FakePolicy:
         self.trusted = self.strips_cr = trusted
         self.accepts_all = False
         self.counted: list[tuple[str, str, str | None]] = []
+        self.plaintext_auth = False
+        self.login: Login | None = None
 
-    def check_sender(self, size: int) -> None:
+    def as_user(self, login: Login) -> "FakePolicy":
+        policy = FakePolicy(trusted=True)
+        policy.login = login
+        return policy
+
+    def check_sender(self, sender: str, size: int) -> None:
         assert size <= 1000
+        if self.login is not None:
+            self.login.begin_message(sender)
 
     def check_rate(self, what: str, sender: str = "", user: str | None = None) -> None:
         self.counted.append((what, sender, user))
