@@ -1,7 +1,7 @@
 """The health check of a container: `python -I -S healthcheck.py smtp|worker`. Status 0 is healthy,
 1 is not; Docker reserves 2.
 
-    smtp    connects to RELAY_SMTP_LISTEN, reads the banner, sends QUIT
+    smtp    connects to RELAY_SMTP_LISTEN (also over TLS), reads the banner, sends QUIT
     worker  reads the age of the heartbeat file (RELAY_HEALTH_FILE), which the sweeper touches
             every second
 
@@ -11,6 +11,7 @@ stay true: the check ends within TIMEOUT, whatever the peer does; a broker, data
 that is out of reach makes no container unhealthy, because a restart would not help.
 """
 
+import contextlib
 import os
 import socket
 import sys
@@ -28,13 +29,24 @@ class Unhealthy(Exception):
 
 
 def smtp(listen: str) -> str:
-    """Check the first address of a list of `host:port`, and return the banner; raises Unhealthy or
-    OSError."""
-    host, _, port = listen.replace(",", " ").split()[0].rpartition(":")
+    """Check the first address of a list of listeners, and return the banner; raises Unhealthy or
+    OSError. The name of a socket of systemd is no address."""
+    listeners = [each.split("/") for each in listen.replace(",", " ").split()]
+    listeners = [each for each in listeners if not each[0].startswith("systemd:")]
+    if not listeners:
+        raise Unhealthy(f"{listen} names no address that can be connected to")
+    # A listener behind a proxy accepts the check only from RELAY_PROXY_NETWORKS.
+    place, *options = min(listeners, key=lambda each: "proxy" in each)
+    host, _, port = place.rpartition(":")
     # A connection to the address that means all addresses of a host reaches that host.
     address = host.strip("[]") or "localhost", int(port)
     deadline = time.monotonic() + TIMEOUT
-    with socket.create_connection(address, TIMEOUT) as client:
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(socket.create_connection(address, TIMEOUT))
+        if "proxy" in options:
+            client.sendall(b"PROXY UNKNOWN\r\n")
+        if "tls" in options:
+            client = stack.enter_context(_over_tls(client))
         banner = _reply(client, deadline)
         if not banner.startswith("220"):
             raise Unhealthy(f"the banner is {banner!r}")
@@ -43,6 +55,17 @@ def smtp(listen: str) -> str:
         if not reply.startswith("221"):
             raise Unhealthy(f"the reply to QUIT is {reply!r}")
     return banner
+
+
+def _over_tls(client: socket.socket) -> socket.socket:
+    """Its handshake has TIMEOUT. The name in the certificate is not that of this address, and a
+    health check sends no secret, so nothing is verified."""
+    import ssl  # takes long, and few listeners need it
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context.wrap_socket(client)
 
 
 def _reply(client: socket.socket, deadline: float) -> str:

@@ -25,6 +25,7 @@ from sqlalchemy.dialects.postgresql import UUID
 from relay.db.schema import literals
 from relay.queue.outcome import Outcome
 from relay.queue.states import UNFINISHED, State
+from relay.users import Role
 
 metadata = MetaData(
     naming_convention={
@@ -61,7 +62,7 @@ messages = Table(
     Column("client_address", Text, nullable=False, comment="address of the SMTP client"),
     Column("helo", Text, nullable=False, comment="name that the client gave in HELO or EHLO"),
     Column("protocol", Text, nullable=False, comment="RFC 3848 keyword, such as ESMTP"),
-    Column("auth_user", Text, comment="authenticated user"),
+    Column("auth_user", Text, comment="the user that logged in to send it; empty: none did"),
     Column("header_message_id", Text, comment="Message-ID of the header"),
     Column("body_type", Text, comment="BODY= of MAIL (RFC 6152)"),
     Column("ret", Text, comment="RET= of MAIL (RFC 3461)"),
@@ -70,7 +71,7 @@ messages = Table(
     Column(
         "client_trusted",
         Boolean,
-        comment="whether the client is in CLIENT_NETWORKS;"
+        comment="whether the client is in CLIENT_NETWORKS or has logged in;"
         " empty: a DSN, or a row from before this column",
     ),
     Column(
@@ -81,6 +82,7 @@ messages = Table(
     ),
     Column("segment", Id, comment="segment of the journal that has the body; empty: a file has it"),
     Column("position", BigInteger, comment="where the body begins in the segment"),
+    Column("tls", Text, comment="protocol and cipher of the SMTP connection; empty: plain text"),
     Index("messages_sender", "sender", postgresql_ops={"sender": "text_pattern_ops"}),
     Index(None, "header_message_id"),
     comment="accepted messages; nothing in a row changes but the place of its body",
@@ -373,6 +375,21 @@ spool = Table(
     comment="the one spool directory that this database knows",
 )
 
+users = Table(
+    "users",
+    metadata,
+    Column("name", Text, primary_key=True, comment="the name that logs in, in lower case"),
+    Column("password_hash", Text, nullable=False, comment="argon2id, as the reference code has it"),
+    Column("role", Text, nullable=False, comment="what it may do: sender, viewer or operator"),
+    Column("senders", Text, nullable=False, comment="patterns of the senders it may use, JSON"),
+    Column("messages_per_minute", Integer, comment="most messages a minute; empty: no limit"),
+    Column("created_at", Instant, nullable=False, comment="when it was added"),
+    Column("disabled_at", Instant, comment="when it was disabled; empty while it is not"),
+    Column("last_seen_at", Instant, comment="when it last logged in or sent a message"),
+    CheckConstraint(f"role IN ({literals(Role)})", name="role"),
+    comment="who may log in with a password",
+)
+
 # The meaning of the columns of the views, for docs/inspect.md and for the comments on PostgreSQL.
 _RECIPIENT_COLUMNS: dict[str, str] = {
     "queue_id": "32 hex digits, as in the 250 reply, in logs and in names of files",
@@ -401,6 +418,8 @@ _RECIPIENT_COLUMNS: dict[str, str] = {
     "protocol": "RFC 3848 keyword, such as ESMTP",
     "header_message_id": "Message-ID of the header",
     "dsn_of": "queue id of the message that this DSN is about; empty for other mail",
+    "tls": "protocol and cipher of the SMTP connection; empty: plain text",
+    "auth_user": "the user that logged in to send it; empty: none did",
 }
 VIEW_COLUMNS = {
     "mail_queue": _RECIPIENT_COLUMNS,

@@ -16,7 +16,7 @@ SELECT replace(CAST(d.queue_id AS text), '-', '') AS queue_id, d.queue_id AS que
     CASE WHEN d.state IN ('queued', 'deferred') THEN d.due_at END AS next_at,
     d.expires_at AS expires_at, d.finished_at AS finished_at, d.worker, d.pending_operation,
     m.client_address, m.helo, m.protocol, m.header_message_id,
-    replace(CAST(m.dsn_of AS text), '-', '') AS dsn_of
+    replace(CAST(m.dsn_of AS text), '-', '') AS dsn_of, m.tls, m.auth_user
 FROM deliveries d
 JOIN recipients r ON r.queue_id = d.queue_id AND r.delivery = d.number
 JOIN messages m ON m.id = d.queue_id
@@ -29,7 +29,7 @@ SELECT replace(CAST(d.queue_id AS text), '-', '') AS queue_id, d.queue_id AS que
     CASE WHEN d.state IN ('queued', 'deferred') THEN d.due_at END AS next_at,
     d.expires_at AS expires_at, d.finished_at AS finished_at, d.worker, d.pending_operation,
     m.client_address, m.helo, m.protocol, m.header_message_id,
-    replace(CAST(m.dsn_of AS text), '-', '') AS dsn_of
+    replace(CAST(m.dsn_of AS text), '-', '') AS dsn_of, m.tls, m.auth_user
 FROM deliveries d
 JOIN recipients r ON r.queue_id = d.queue_id AND r.delivery = d.number
 JOIN messages m ON m.id = d.queue_id;

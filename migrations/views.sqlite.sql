@@ -28,7 +28,7 @@ SELECT replace(d.queue_id, '-', '') AS queue_id, d.queue_id AS queue_uuid,
     datetime(d.finished_at / 1000000, 'unixepoch') || '.' || substr(d.finished_at / 1000, -3)
         AS finished_at,
     d.worker, d.pending_operation, m.client_address, m.helo, m.protocol, m.header_message_id,
-    replace(m.dsn_of, '-', '') AS dsn_of
+    replace(m.dsn_of, '-', '') AS dsn_of, m.tls, m.auth_user
 FROM deliveries d
 JOIN recipients r ON r.queue_id = d.queue_id AND r.delivery = d.number
 JOIN messages m ON m.id = d.queue_id
@@ -47,7 +47,7 @@ SELECT replace(d.queue_id, '-', '') AS queue_id, d.queue_id AS queue_uuid,
     datetime(d.finished_at / 1000000, 'unixepoch') || '.' || substr(d.finished_at / 1000, -3)
         AS finished_at,
     d.worker, d.pending_operation, m.client_address, m.helo, m.protocol, m.header_message_id,
-    replace(m.dsn_of, '-', '') AS dsn_of
+    replace(m.dsn_of, '-', '') AS dsn_of, m.tls, m.auth_user
 FROM deliveries d
 JOIN recipients r ON r.queue_id = d.queue_id AND r.delivery = d.number
 JOIN messages m ON m.id = d.queue_id;

@@ -15,6 +15,7 @@ import time
 from qmqpd.session import NOT_AUTHORIZED, QmqpSession, RequestState
 from reception.connection import LINGER_TIMEOUT, MailConnection
 from reception.server import Door, FrontEnd
+from relay.listeners import Listener
 
 DISCARD_LIMIT = 1 << 20
 """Octets that a client may send after its reply."""
@@ -28,8 +29,10 @@ class QmqpConnection(MailConnection):
 
     session: QmqpSession
 
-    def __init__(self, server: FrontEnd, door: Door) -> None:
-        super().__init__(server, door)
+    def __init__(
+        self, server: FrontEnd, door: Door, listener: Listener, proxied: str | None = None
+    ) -> None:
+        super().__init__(server, door, listener, proxied)
         self._half_closed = False  # by the client
         self._discarded = 0  # octets after the reply
         self._latest = time.monotonic() + server.settings.session_timeout
@@ -58,7 +61,7 @@ class QmqpConnection(MailConnection):
     def _admit(self) -> str | None:
         return super()._admit() if self.client.trusted else NOT_AUTHORIZED
 
-    def _start(self, descriptor: int) -> None:
+    def _start(self) -> None:
         pass  # QMQP has no banner
 
     def _continue(self) -> None:

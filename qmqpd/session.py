@@ -112,7 +112,7 @@ class QmqpSession:
     def _take(self, event: RequestEvent) -> None:
         match event:
             case RequestStarted(size):
-                self.client.check_sender(size)
+                self.client.check_sender("", size)
                 self.envelope = Envelope("", {b"SIZE": str(size)}, "", PROTOCOL)
                 self.state = RequestState.CONTENT
                 self._events.append(MailStarted(self.envelope))
@@ -135,12 +135,14 @@ class QmqpSession:
         if not recipients:
             raise Refused("554 5.5.4 No recipients")
         self.envelope.sender = parse_sender(sender, self._hostname)
+        self.client.check_rate("messages", self.envelope.sender)
         # Each recipient is a copy of the message, so a repeat is dropped.
         accepted: dict[str, Recipient] = {}
         for address in recipients:
             recipient = parse_recipient(address, self._hostname)
             if recipient.mailbox not in accepted:
                 self.client.check_recipient(recipient, len(accepted))
+                self.client.check_rate("recipients", self.envelope.sender)
                 accepted[recipient.mailbox] = recipient
         self.envelope.recipients = [*accepted.values()]
         self.state = RequestState.AWAIT_REPLY

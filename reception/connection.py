@@ -16,11 +16,21 @@ from collections.abc import Sequence
 from typing import Protocol, cast
 
 from reception.envelope import Envelope
-from reception.events import DataComplete, DataReceived, Event, MailStarted, Refusal
+from reception.events import (
+    CredentialsReceived,
+    DataComplete,
+    DataReceived,
+    Event,
+    MailStarted,
+    Refusal,
+    TlsRequested,
+)
+from reception.login import Credentials
 from reception.policy import ClientPolicy
 from reception.receiver import MAX_BUFFERED, Reception
 from reception.server import STOPPING, Door, FrontEnd
 from relay import metrics
+from relay.listeners import Listener
 from relay.log import get_logger
 
 LINGER_TIMEOUT = 10.0
@@ -31,7 +41,10 @@ log = get_logger(__name__)
 
 class DoorSession(Protocol):
     """What a connection needs of its session. A reply is a text with the codes of SMTP, such as
-    `451 4.3.0 Try again later`; the session knows how its protocol says that."""
+    `451 4.3.0 Try again later`; the session knows how its protocol says that. `client` has the
+    rules of a login, if there was one."""
+
+    client: ClientPolicy
 
     @property
     def closed(self) -> bool:
@@ -63,9 +76,13 @@ class MailConnection(asyncio.Protocol, ABC):
 
     session: DoorSession
 
-    def __init__(self, server: FrontEnd, door: Door) -> None:
+    def __init__(
+        self, server: FrontEnd, door: Door, listener: Listener, proxied: str | None = None
+    ) -> None:
         self._server = server
         self._door = door
+        self._listener = listener
+        self._proxied = proxied  # the address of the client, if a proxy has sent it
         self.reception: Reception | None = None
         self.reading_paused = False
         self.deadline = 0.0  # of the client's silence, or of the last reply (monotonic)
@@ -75,7 +92,7 @@ class MailConnection(asyncio.Protocol, ABC):
         self.transport = transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
         # Without a peer the client has already closed the connection.
-        self.client = self._door.policy.client(peer[0] if peer else "::")
+        self.client = self._door.policy.client(self._proxied or (peer[0] if peer else "::"))
         self._server.add(self, self._door)
         self._extend()
         self._open()
@@ -84,15 +101,13 @@ class MailConnection(asyncio.Protocol, ABC):
             self.session.close()
             transport.abort()
             return
-        descriptor = transport.get_extra_info("socket").fileno()
-        if descriptor >= self._server.last_descriptor:
-            self._server.pause()
+        self._server.watch_descriptors(transport)
         refusal = self._admit()
         if refusal is not None:
-            self._refuse(refusal)
+            self._refuse(refusal, silently=self._listener.tls)
             return
         self._admitted = self.client
-        self._start(descriptor)
+        self._start()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.session.close()
@@ -139,8 +154,8 @@ class MailConnection(asyncio.Protocol, ABC):
         return self._server.admit(self.client)
 
     @abstractmethod
-    def _start(self, descriptor: int) -> None:
-        """The client is admitted; the descriptor is that of its socket."""
+    def _start(self) -> None:
+        """The client is admitted."""
 
     @abstractmethod
     def _continue(self) -> None:
@@ -150,12 +165,34 @@ class MailConnection(asyncio.Protocol, ABC):
     def _throttle(self) -> None:
         """Pauses or resumes reading."""
 
+    def _begin_handshake(self) -> None:
+        """The client may begin TLS; a session of a protocol without TLS never says so."""
+
+    def _authenticate(self, credentials: Credentials) -> None:
+        """Credentials wait for their verdict; a session of a protocol without AUTH never says
+        so."""
+
     def _check_progress(self, now: float) -> None:
         """Ends a client that sends too slowly."""
 
     def _close(self) -> None:
         """Closes the connection after the replies that were written."""
         self.transport.close()
+
+    def may_yield_to(self, newcomer: ClientPolicy) -> bool:
+        """Whether this session may be closed for another connection: it costs its client
+        nothing."""
+        counted = self._admitted
+        return (
+            counted is not None and self.session.idle and (newcomer.trusted or not counted.trusted)
+        )
+
+    def yield_place(self) -> None:
+        """Ends the session; its place is free at once."""
+        if self._admitted is not None:
+            self._server.count(self._admitted, -1)
+            self._admitted = None
+        self._refuse("421 4.3.2 Too many connections, closing this one, which is idle")
 
     def _extend(self) -> None:
         """The client has been active: its timeout begins again."""
@@ -169,7 +206,7 @@ class MailConnection(asyncio.Protocol, ABC):
                 case MailStarted():
                     receiver = self._server.receiver
                     self.reception = Reception(
-                        receiver, event.envelope, self.client, self._reply, self._throttle
+                        receiver, event.envelope, session.client, self._reply, self._throttle
                     )
                     self.restart_rate(time.monotonic())
                 case DataReceived() if self.reception is not None:
@@ -178,6 +215,10 @@ class MailConnection(asyncio.Protocol, ABC):
                         session.refuse_content()
                 case DataComplete() if self.reception is not None:
                     self.reception.complete(event.header_message_id)
+                case TlsRequested():
+                    self._begin_handshake()
+                case CredentialsReceived(credentials):
+                    self._authenticate(credentials)
                 case Refusal(reply):
                     self._cancel()
                     metrics.refused(reply, self._door.name)
@@ -213,9 +254,9 @@ class MailConnection(asyncio.Protocol, ABC):
         self._extend()
         self._handle(self.session.reply(reply))
 
-    def _refuse(self, reply: str) -> None:
-        """Closes the connection with a reply."""
-        self.session.close(reply)
+    def _refuse(self, reply: str, *, silently: bool = False) -> None:
+        """Closes the connection with a reply, or without one where the client expects TLS."""
+        self.session.close(*(() if silently else (reply,)))
         self._handle([Refusal(reply)])
 
     def _cancel(self) -> None:

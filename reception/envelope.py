@@ -7,6 +7,7 @@ stores them.
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 TOO_BIG = "552 5.3.4 Message exceeds the size limit"
 LOOP = "554 5.4.6 Too many hops, this mail is looping"
@@ -16,8 +17,14 @@ ASCII_ONLY = "553 5.6.7 Only ASCII addresses are accepted here"
 class Refused(Exception):
     """A command, a sender or a recipient is refused.
 
-    Its text is the reply without its line end: code, enhanced code (RFC 3463) and text.
+    Its text is the reply without its line end: code, enhanced code (RFC 3463) and text. A reply 421
+    also ends the session.
     """
+
+    @property
+    def closes(self) -> bool:
+        """Whether the session ends."""
+        return str(self).startswith("421")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +65,24 @@ class Recipient:
         return replace(self, notify=notify, orcpt=self.orcpt or repeat.orcpt)
 
 
+class TlsState(NamedTuple):
+    """What a TLS handshake settled. `subject` is that of a client certificate that
+    RELAY_TLS_CLIENT_CA has signed, None without one."""
+
+    protocol: str
+    cipher: str
+    subject: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.protocol} {self.cipher}"
+
+
 @dataclass(slots=True)
 class Envelope:
     """One transaction, `started` at this time (monotonic): `sender` is '' if it is null,
     `parameters` are those of MAIL, `helo` is '' if the protocol has no greeting, and `protocol` is
-    the keyword of the trace field (RFC 3848; QMQP has none there and stands for itself).
+    the keyword of the trace field (RFC 3848; QMQP has none there and stands for itself). `tls` is
+    protocol and cipher of the connection, `auth_user` the authenticated user, if any.
 
     Protocols that send the envelope after the content fill in sender and recipients at its end."""
 
@@ -72,3 +92,5 @@ class Envelope:
     protocol: str
     recipients: list[Recipient] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+    tls: str | None = None
+    auth_user: str | None = None

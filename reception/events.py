@@ -8,6 +8,7 @@ it, and its reply goes back to the session.
 from dataclasses import dataclass
 
 from reception.envelope import Envelope
+from reception.login import Credentials
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,4 +40,18 @@ class Refusal:
     reply: str
 
 
-type Event = MailStarted | DataReceived | DataComplete | Refusal
+@dataclass(frozen=True, slots=True)
+class TlsRequested:
+    """The client got 220 and begins its handshake (RFC 3207)."""
+
+
+@dataclass(frozen=True, slots=True)
+class CredentialsReceived:
+    """The client sent a name and a password; `authenticated` or `authentication_failed` is due."""
+
+    credentials: Credentials
+
+
+type Event = (
+    MailStarted | DataReceived | DataComplete | Refusal | TlsRequested | CredentialsReceived
+)

@@ -1,8 +1,9 @@
 """The policy: which client may send to which recipient.
 
-The relay is closed by default. A client inside CLIENT_NETWORKS may send to every recipient. Other
-clients may send to RECIPIENT_DOMAINS (empty unless set) and to postmaster, for whom every mail
-server must accept mail (RFC 5321, 4.5.1). The refusal comes at RCPT, before any content.
+The relay is closed by default. A client inside CLIENT_NETWORKS may send to every recipient, and so
+may a user who has logged in, with the senders of that user. Other clients may send to
+RECIPIENT_DOMAINS (empty unless set) and to postmaster, for whom every mail server must accept mail
+(RFC 5321, 4.5.1). The refusal comes at RCPT, before any content.
 
 What must stay true: a domain in RECIPIENT_DOMAINS opens no other domain, so untrusted clients may
 not use a local part that the next server could read as another address. A client that reads the
@@ -11,14 +12,17 @@ banner and quits is a health check and never counts as abuse.
 
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 import psutil
 
 from reception.envelope import Recipient, Refused
+from reception.login import Login
+from reception.rates import Rates
 from reception.space import FreeSpace, SpaceClaim
+from relay.listeners import is_loopback
 from relay.settings import Network, SettingsError, SmtpdSettings, parse_network
 
 IPV6_PREFIX = 64
@@ -29,9 +33,9 @@ class Policy:
     """The rules of one door for all clients; `client` returns those for one, by its IP address as
     text.
 
-    `networks`: those whose clients may relay (None: those of SMTP). `space`: the space of the
-    spool, which all doors share (None: there is no other door). Raises SettingsError for settings
-    that would make an open relay.
+    `networks`: those whose clients may relay (None: those of SMTP). `space` is that of the spool,
+    `rates` has the tables of RATE_LIMITS: all doors share both (None: there is no other door).
+    Raises SettingsError for settings that would make an open relay.
     """
 
     def __init__(
@@ -39,10 +43,16 @@ class Policy:
         settings: SmtpdSettings,
         networks: tuple[Network, ...] | None = None,
         space: FreeSpace | None = None,
+        rates: Rates | None = None,
     ) -> None:
         self.settings = settings
         self.space = FreeSpace(settings.spool_dir) if space is None else space
+        limited = settings.rate_limits and rates is None
+        self.rates = Rates(settings.rate_limits) if limited else rates
         self._networks = smtp_networks(settings) if networks is None else networks
+        self._plaintext_networks = client_networks(
+            settings.auth_plaintext_networks, settings.publish, "RELAY_AUTH_PLAINTEXT_NETWORKS"
+        )
         domains = [domain.lower() for domain in settings.recipient_domains]
         self._domains = frozenset(domain for domain in domains if not domain.startswith("."))
         self._parents = tuple(domain for domain in domains if domain.startswith("."))
@@ -52,7 +62,8 @@ class Policy:
     def _client(self, peer: str) -> "ClientPolicy":
         address = plain_address(peer)
         trusted = any(address in network for network in self._networks)
-        return ClientPolicy(self, str(address), trusted, network_of(address))
+        plaintext = any(address in network for network in self._plaintext_networks)
+        return ClientPolicy(self, str(address), trusted, network_of(address), plaintext)
 
     def serves(self, recipient: Recipient) -> bool:
         """Whether every client may send to this recipient. `.example.org` in RECIPIENT_DOMAINS
@@ -64,12 +75,21 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class ClientPolicy:
-    """The rules for one client. `network` is the key that its connections are counted by."""
+    """The rules for one client. `network` is the key that its connections are counted by.
+
+    `plaintext_auth`: it may send a password without TLS. `login`: the user that has logged in.
+    """
 
     policy: Policy
     address: str
     trusted: bool
     network: str
+    plaintext_auth: bool = False
+    login: Login | None = None
+
+    def as_user(self, login: Login) -> "ClientPolicy":
+        """The rules after a login: it may relay, like a client in CLIENT_NETWORKS."""
+        return replace(self, trusted=True, login=login)
 
     @property
     def strips_cr(self) -> bool:
@@ -81,10 +101,19 @@ class ClientPolicy:
     def _claims_as(self) -> str:
         return "" if self.trusted else self.network
 
-    def check_sender(self, size: int) -> None:
-        """`size` is the octets that SIZE declares (RFC 1870), 0 without it. Raises Refused."""
+    def check_sender(self, sender: str, size: int) -> None:
+        """`sender` is '' if it is null, or not known yet; `size` is the octets that SIZE declares
+        (RFC 1870), 0 without it. Raises Refused."""
+        if self.login is not None:
+            self.login.begin_message(sender)
         if not self.policy.space.has(size, self._claims_as):
             raise Refused("452 4.3.1 Insufficient system storage")
+
+    def check_rate(self, what: str, sender: str = "", user: str | None = None) -> None:
+        """Counts a message, a recipient or a connection by RATE_LIMITS. Raises Refused."""
+        rates = self.policy.rates
+        if rates is not None:
+            rates.take(what, {"client": self.network, "sender": sender, "user": user})
 
     def claim(self, size: int) -> SpaceClaim:
         """The claim of a message that begins; `size` as in `check_sender`. The declared octets are
@@ -140,9 +169,9 @@ def client_networks(
             networks.append(parse_network(entry))
         elif publish and not _is_loopback(publish):
             raise SettingsError(
-                f"{setting}: `connected` would make an open relay of the port published on"
-                f" {publish} ({publish_setting}), where every client looks like the gateway; name"
-                " the networks that may relay"
+                f"{setting}: `connected` would mean every client of the port published on {publish}"
+                f" ({publish_setting}), because each of them looks like the gateway; name the"
+                " networks"
             )
         else:
             networks += connected_networks()
@@ -179,8 +208,4 @@ def network_of(address: IPv4Address | IPv6Address) -> str:
 def _is_loopback(publish: str) -> bool:
     """Parses a published port as compose writes it: `127.0.0.1:2525`, `[::1]:2525`, or `2525`,
     which means every address."""
-    host = publish.rpartition(":")[0].strip("[]")
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback(publish.rpartition(":")[0].strip("[]"))

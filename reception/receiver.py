@@ -45,15 +45,15 @@ log = get_logger(__name__)
 
 
 class DiskThreads:
-    """Daemon threads for calls that block on the disk.
+    """Daemon threads for calls that block on the disk, or on the database.
 
     A ThreadPoolExecutor would wait at exit for a disk that hangs; these threads do not.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, name: str = "bodies") -> None:
         self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._run, name=f"bodies-{number}", daemon=True)
+            threading.Thread(target=self._run, name=f"{name}-{number}", daemon=True)
             for number in range(count)
         ]
         for thread in self._threads:
@@ -256,11 +256,13 @@ class Reception:
             self._client.address,
             envelope.helo,
             envelope.protocol,
+            envelope.auth_user,
             header_message_id=self._header_message_id,
             body_type=envelope.parameters.get(b"BODY"),
             ret=envelope.parameters.get(b"RET"),
             envid=envelope.parameters.get(b"ENVID"),
             client_trusted=self._client.trusted,
+            tls=envelope.tls,
         )
         return encode(message, delay_warning=self._receiver.settings.delay_warning)
 
@@ -288,7 +290,9 @@ class Reception:
         now = time.monotonic()
         metrics.RECEIVED_BYTES.inc(self._size)
         metrics.ACCEPT_SECONDS.observe(now - self._ended)
-        late = {} if self._reply else {"reply_sent": False}
+        more: dict[str, Any] = {} if self._reply else {"reply_sent": False}
+        if self._envelope.auth_user is not None:
+            more["user"] = self._envelope.auth_user
         self._send(f"250 2.0.0 Ok: queued as {self.id}")
         log.info(
             "accepted",
@@ -298,7 +302,7 @@ class Reception:
             recipients=len(self._envelope.recipients),
             size=self._size,
             ms=round((now - self._started) * 1000, 1),
-            **late,
+            **more,
         )
 
     def _log_fault(self, reason: str) -> None:

@@ -192,7 +192,7 @@ class Spooler:
 def main() -> None:
     """The process: it reads its settings from standard input; its arguments are the descriptors of
     the socket and of the spool directory."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # only the end of the channel ends it
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # only its channel ends it
         signal.signal(number, signal.SIG_IGN)
     version, settings = pickle.load(sys.stdin.buffer)  # noqa: S301  (from our smtpd)
     if version != VERSION:

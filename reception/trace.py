@@ -30,8 +30,9 @@ def received_field(
     recipients = envelope.recipients
     single = len(recipients) == 1 and len(recipients[0].path) <= _MAX_PATH
     path = f"\n\tfor <{recipients[0].path}>; " if single else ";\n\t"
+    tls = "\n\t(using {} with cipher {})".format(*envelope.tls.split()) if envelope.tls else ""
     return (
-        f"Received: from {name} ({literal})\n"
+        f"Received: from {name} ({literal}){tls}\n"
         f"\tby {hostname} with {envelope.protocol} id {queue_id}{path}{when}\n"
     ).encode("ascii")
 

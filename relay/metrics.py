@@ -12,6 +12,7 @@ network.
 """
 
 import itertools
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -26,6 +27,7 @@ from sqlalchemy import Connection, Engine
 
 from relay.db.engine import reading
 from relay.db.sql import Queries
+from relay.listeners import is_loopback
 from relay.log import get_logger
 from relay.metrics_server import listen
 from relay.queue.states import UNFINISHED
@@ -48,6 +50,12 @@ REFUSALS = Counter(
     "commands and messages refused, by code and enhanced code",
     ["door", "reply"],
 )
+AUTHENTICATIONS = Counter(
+    "relay_authentications", "attempts to log in, by what they led to", ["result"]
+)
+PASSWORD_VERIFICATIONS = Counter(
+    "relay_password_verifications", "computations of a password's hash"
+)
 RECEIVED_BYTES = Counter("relay_received_bytes", "bytes of the bodies of accepted messages")
 BODIES_DAMAGED = Counter("relay_bodies_damaged", "bodies that did not verify when they were read")
 ACCEPT_SECONDS = Histogram(
@@ -67,6 +75,25 @@ JOURNAL_LAG_MESSAGES = Gauge(
 )
 JOURNAL_LAG_BYTES = Gauge("relay_journal_lag_bytes", "bytes of their bodies")
 JOURNAL_LAG_SECONDS = Gauge("relay_journal_lag_seconds", "age of the oldest of them")
+RATE_LIMITED = Counter(
+    "relay_rate_limited",
+    "messages, recipients and connections refused by RELAY_RATE_LIMITS",
+    ["subject", "what"],
+)
+PROXY_REFUSALS = Counter(
+    "relay_proxy_refusals", "connections to a /proxy listener without a header from a proxy"
+)
+HANDSHAKES = Counter(
+    "relay_tls_handshakes", "TLS handshakes of clients, by protocol, or failed", ["result"]
+)
+CERTIFICATE_DAYS = Gauge(
+    "relay_tls_certificate_days", "days until the certificate in use ends", ["file"]
+)
+CERTIFICATE_REJECTED = Gauge(
+    "relay_tls_certificate_rejected",
+    "1 while the files of the certificate cannot be used, and the one before is",
+    ["file"],
+)
 SPOOLER_RESTARTS = Counter("relay_spooler_restarts", "spoolers that died and were restarted")
 HINTS = Counter("relay_hints", "hints published", ["queue"])
 HINTS_REFUSED = Counter(
@@ -253,16 +280,20 @@ class QueueMetrics(Collector):
         return [_gauge("broker_list_length", "hints in the broker's list", self._lists(), "queue")]
 
 
-def serve(settings: Settings, *collectors: Collector) -> Callable[[], None]:
+def serve(
+    settings: Settings,
+    *collectors: Collector,
+    tls_context: Callable[[], ssl.SSLContext] | None = None,
+) -> Callable[[], None]:
     """Serve metrics on the first free address of METRICS_LISTEN; the function returned stops it.
 
     Processes on one machine share a list of addresses. If no address is free, a warning is logged
-    and nothing is served.
+    and nothing is served. Beyond loopback they are served over TLS if there is a `tls_context`.
     """
     in_use = []
     for host, port in settings.metrics_listen:
         try:
-            server = listen(host, port)
+            server = listen(host, port, None if is_loopback(host) else tls_context)
         except OSError as error:
             in_use.append(f"{host}:{port}: {error.strerror}")
             continue

@@ -3,13 +3,15 @@
 Each request has a thread. A request that is not finished after TIMEOUT seconds, from its first byte
 to the last byte of the response, is closed. While THREADS requests are open, others get 503.
 Without these limits a peer that opens connections and sends nothing would start a thread for each
-of them.
+of them. With TLS the handshake is a part of the request, and others are closed without a response.
 """
 
 import socket
+import ssl
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from socketserver import ThreadingMixIn
 from typing import Any
@@ -35,6 +37,8 @@ class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     request_queue_size = 64
 
+    tls_context: Callable[[], ssl.SSLContext] | None = None
+
     def __init__(self, address: tuple[str, int], handler: type[WSGIRequestHandler]) -> None:
         self._deadlines: dict[socket.socket, float] = {}  # of the requests that have a thread
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
@@ -46,8 +50,18 @@ class _Server(ThreadingMixIn, WSGIServer):
             super().process_request(request, client_address)
             return
         with suppress(OSError):
-            request.send(_BUSY)  # the buffer of a new connection is empty
+            if self.tls_context is None:
+                request.send(_BUSY)  # the buffer of a new connection is empty
         self.shutdown_request(request)
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Runs in the thread of the request; an OSError of the handshake is one of the peer."""
+        if self.tls_context is None:
+            super().finish_request(request, client_address)
+            return
+        # `request` stays open, because the deadline and `shutdown_request` use it.
+        with request.dup() as plain, self.tls_context().wrap_socket(plain, server_side=True) as tls:
+            super().finish_request(tls, client_address)
 
     def shutdown_request(self, request: Any) -> None:
         """The request has ended."""
@@ -68,11 +82,14 @@ class _Server(ThreadingMixIn, WSGIServer):
         log.debug("scrape aborted", reason=first_line(sys.exception()))
 
 
-def listen(host: str, port: int) -> WSGIServer:
-    """Serve the metrics on an address (an empty host: every IPv4 address); raises OSError if it is
-    in use."""
+def listen(
+    host: str, port: int, tls_context: Callable[[], ssl.SSLContext] | None = None
+) -> WSGIServer:
+    """Serve the metrics on an address (an empty host: every IPv4 address), over TLS with the
+    context that the function returns; raises OSError if it is in use."""
     host = host or "0.0.0.0"  # noqa: S104  (an empty host in RELAY_METRICS_LISTEN means every address)
     addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     server = make_server(str(addresses[0][4][0]), port, make_wsgi_app(), _Server, _Handler)
+    server.tls_context = tls_context
     threading.Thread(target=server.serve_forever, name="metrics listener", daemon=True).start()
     return server

@@ -16,6 +16,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
@@ -24,6 +25,9 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from relay.listeners import Listener, parse_listen, parse_listener
+from relay.rate_limits import RateLimit, parse_rate_limit
+
 type Network = IPv4Network | IPv6Network
 
 PREFIX = "RELAY_"
@@ -31,7 +35,6 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
 _SECONDS = {"ms": 0.001, None: 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE = re.compile(r"(\d+)\s*([KMG]?)i?B?", re.IGNORECASE)
 _FACTOR = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-_LISTEN = re.compile(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^:\[\]\s]*)):(\d{1,5})")
 _PASSWORD = re.compile(r"(?<=password=)[^&\s]+")
 _VALUE = re.compile(r"([?&][^=&?]*=)[^&]*")
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
@@ -61,21 +64,6 @@ def size(text: str) -> int:
     if not match:
         raise ValueError("is not a size: write 64K, 25M or a number of bytes")
     return int(match[1]) * _FACTOR[match[2].upper()]
-
-
-def parse_listen(text: str) -> tuple[str, int]:
-    """`host:port`, `[v6]:port` or `:port` (all addresses) as a pair; raises ValueError."""
-    match = _LISTEN.fullmatch(text)
-    if not match or int(match[3]) > 65535:
-        raise ValueError(
-            f"{text!r} is not an address to listen on: write 127.0.0.1:2525 or [::1]:2525"
-        )
-    return match[1] or match[2], int(match[3])
-
-
-def format_address(host: str, port: int) -> str:
-    """An address as `parse_listen` reads it."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def parse_network(text: str) -> Network:
@@ -127,6 +115,13 @@ def _is_pattern(text: str) -> bool:
     return True
 
 
+def _is_proxy_network(text: str) -> bool:
+    """`connected` would trust the header of every client that comes through a published port."""
+    if text == "connected":
+        raise ValueError("'connected' names no proxy: write its address, or its network")
+    return bool(parse_network(text))
+
+
 def _is_broker(text: str) -> bool:
     try:
         url = urlsplit(text)
@@ -150,6 +145,28 @@ def _unless_off(text: str) -> float | None:
     return None if text.strip().lower() in {"", "off", "no", "0"} else seconds(text)
 
 
+def _different(listeners: tuple[Listener, ...]) -> tuple[Listener, ...]:
+    """Refuses an address or a socket that is named twice, whatever the options."""
+    places = [replace(each, tls=False, auth=False, proxy=False) for each in listeners]
+    for place in places:
+        if place.port + len(place.socket_name) and places.count(place) > 1:
+            raise ValueError(f"{place} is named twice")
+    return listeners
+
+
+def _qmqp_listener(text: str) -> Listener:
+    return parse_listener(text, ("proxy",))
+
+
+def _one_each(limits: tuple[RateLimit, ...]) -> tuple[RateLimit, ...]:
+    """Refuses two limits of the same."""
+    kinds = [(limit.subject, limit.what) for limit in limits]
+    for limit, kind in zip(limits, kinds, strict=True):
+        if kinds.count(kind) > 1:
+            raise ValueError(f"{limit} is not the only limit of its kind")
+    return limits
+
+
 _WORDS = from_text(_word_list)
 Duration = Annotated[float, from_text(seconds), Field(gt=0)]
 Span = Annotated[float, from_text(seconds), Field(ge=0)]
@@ -159,6 +176,18 @@ Texts = Annotated[tuple[str, ...], NoDecode, _WORDS]
 Listens = Annotated[
     tuple[Annotated[tuple[str, int], from_text(parse_listen)], ...], NoDecode, _WORDS
 ]
+Listeners = Annotated[
+    tuple[Annotated[Listener, from_text(parse_listener)], ...],
+    NoDecode,
+    _WORDS,
+    AfterValidator(_different),
+]
+QmqpListeners = Annotated[
+    tuple[Annotated[Listener, from_text(_qmqp_listener)], ...],
+    NoDecode,
+    from_text(lambda text: () if text.strip().lower() == "off" else _word_list(text)),
+    AfterValidator(_different),
+]
 ListensOrOff = Annotated[
     Listens, from_text(lambda text: () if text.strip().lower() == "off" else text)
 ]
@@ -166,6 +195,15 @@ Networks = Annotated[
     tuple[Annotated[str, _checked(lambda word: word == "connected" or parse_network(word))], ...],
     NoDecode,
     _WORDS,
+]
+RateLimits = Annotated[
+    tuple[Annotated[RateLimit, from_text(parse_rate_limit)], ...],
+    NoDecode,
+    from_text(lambda text: () if text.strip().lower() == "off" else _word_list(text)),
+    AfterValidator(_one_each),
+]
+ProxyNetworkTexts = Annotated[
+    tuple[Annotated[str, _checked(_is_proxy_network)], ...], NoDecode, _WORDS
 ]
 Domains = Annotated[
     tuple[
@@ -245,6 +283,9 @@ class Settings(BaseSettings):
     metrics_listen: ListensOrOff = ()
     web_listen: Listens = (("127.0.0.1", 8025),)
     health_file: Path | None = None
+    tls_certificate: AbsolutePath | None = None
+    tls_key: AbsolutePath | None = None
+    tls_minimum: Literal["1.2", "1.3"] = "1.2"
 
     session_timeout: Duration = 3600.0
     drain_timeout: Duration = 30.0
@@ -254,14 +295,21 @@ class Settings(BaseSettings):
     def _with_files(cls, values: dict[str, Any]) -> dict[str, Any]:
         return {**_from_files(), **values}
 
+    @model_validator(mode="after")
+    def _key_has_a_certificate(self) -> Self:
+        if self.tls_key and not self.tls_certificate:
+            raise ValueError("RELAY_TLS_KEY needs RELAY_TLS_CERTIFICATE, the chain of this key")
+        return self
+
 
 class SmtpdSettings(Settings):
     """The SMTP front end."""
 
-    smtp_listen: Listens = (("127.0.0.1", 2525),)
+    smtp_listen: Listeners = (Listener("127.0.0.1", 2525),)
     publish: str = ""
     client_networks: Networks = ("127.0.0.0/8", "::1")
-    qmqp_listen: ListensOrOff = ()
+    auth_plaintext_networks: Networks = ()
+    qmqp_listen: QmqpListeners = ()
     qmqp_publish: str = ""
     qmqp_client_networks: Networks = ("127.0.0.0/8", "::1")
     recipient_domains: Domains = ()
@@ -274,6 +322,29 @@ class SmtpdSettings(Settings):
     smtp_timeout: Duration = 300.0
     accept_deadline: Duration = 60.0
     journal_limit: Size = 1 << 30
+    tls_client_ca: AbsolutePath | None = None
+    proxy_networks: ProxyNetworkTexts = ()
+    rate_limits: RateLimits = ()
+
+    @model_validator(mode="after")
+    def _listeners_have_what_they_need(self) -> Self:
+        if self.tls_client_ca and not self.tls_certificate:
+            raise ValueError("RELAY_TLS_CLIENT_CA needs RELAY_TLS_CERTIFICATE")
+        for name, listener in (
+            *(("SMTP", each) for each in self.smtp_listen),
+            *(("QMQP", each) for each in self.qmqp_listen),
+        ):
+            if listener.tls and not self.tls_certificate:
+                raise ValueError(
+                    f"RELAY_SMTP_LISTEN: {listener} needs a certificate: set RELAY_TLS_CERTIFICATE"
+                    " and RELAY_TLS_KEY"
+                )
+            if listener.proxy and not self.proxy_networks:
+                raise ValueError(
+                    f"RELAY_{name}_LISTEN: {listener} closes every connection: name the proxies in"
+                    " RELAY_PROXY_NETWORKS"
+                )
+        return self
 
 
 class WorkerSettings(Settings):

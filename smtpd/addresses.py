@@ -41,7 +41,7 @@ _SENDER_PARAMETERS = {
     b"BODY": re.compile(rb"(?i)7BIT|8BITMIME"),
     b"RET": re.compile(rb"(?i)FULL|HDRS"),
     b"ENVID": re.compile(rb"%b{1,100}" % _XTEXT),
-    # RFC 4954 section 5: the first submitter. There is no AUTH here, so the value is not used.
+    # RFC 4954 section 5: the first submitter. It is not trusted, so the value is not used.
     b"AUTH": re.compile(rb"<>|%b{1,500}" % _XTEXT),
     # RFC 6531, 3.4: it has no value.
     b"SMTPUTF8": re.compile(rb""),

@@ -12,16 +12,20 @@ from collections.abc import Iterable
 from functools import partial
 
 from qmqpd.server import QmqpConnection
+from reception.authentication import Authenticator
+from reception.listeners import SystemdSockets
 from reception.policy import Policy, qmqp_networks
 from reception.receiver import THREADS, DiskThreads, Receiver
 from reception.server import Door, FrontEnd
 from reception.spooler_client import SpoolerClient, launcher
 from relay import metrics
 from relay.hints import FRESH, Hints, celery_app
+from relay.listeners import Listener
 from relay.log import get_logger
 from relay.routes import Routes
-from relay.settings import SmtpdSettings, format_address
+from relay.settings import SmtpdSettings
 from relay.startup import DurableState, freeze_memory, new_loop, ready
+from relay.tls import CertificatePair, certificate_pair
 from smtpd.descriptors import reserve_descriptors
 from smtpd.server import SmtpConnection
 
@@ -45,21 +49,27 @@ def offered_size(limit: int, routes: Routes) -> int:
 def run(settings: SmtpdSettings) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit status.
 
-    Raises SettingsError, SpoolerError, and the errors of `ready`.
+    Raises SettingsError, SpoolerError, and the errors of `ready`. SIGHUP reads the certificate
+    again.
     """
     doors = _doors(settings)
     routes = Routes.load(settings)
+    certificate = certificate_pair(settings, settings.tls_client_ca)
     state = ready(settings, accepts=True)
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(_serve(settings, doors, routes, state))
+        runner.run(_serve(settings, doors, routes, state, certificate))
     state.engine.dispose()
     return 0
 
 
-def _doors(settings: SmtpdSettings) -> list[tuple[Door, Iterable[tuple[str, int]]]]:
-    """The doors and their addresses; a door without an address stays closed."""
+def _ignore() -> None:
+    """SIGHUP ends nothing; without a certificate there is nothing to read again."""
+
+
+def _doors(settings: SmtpdSettings) -> list[tuple[Door, Iterable[Listener]]]:
+    """The doors and their listeners; a door without a listener stays closed."""
     smtp = Policy(settings)
-    qmqp = Policy(settings, qmqp_networks(settings), smtp.space)
+    qmqp = Policy(settings, qmqp_networks(settings), smtp.space, smtp.rates)
     return [
         (Door("smtp", "RELAY_SMTP_LISTEN", smtp, SmtpConnection), settings.smtp_listen),
         (Door("qmqp", "RELAY_QMQP_LISTEN", qmqp, QmqpConnection), settings.qmqp_listen),
@@ -68,14 +78,16 @@ def _doors(settings: SmtpdSettings) -> list[tuple[Door, Iterable[tuple[str, int]
 
 async def _serve(
     settings: SmtpdSettings,
-    doors: list[tuple[Door, Iterable[tuple[str, int]]]],
+    doors: list[tuple[Door, Iterable[Listener]]],
     routes: Routes,
     state: DurableState,
+    certificate: CertificatePair | None,
 ) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, certificate.reload if certificate else _ignore)
     hints = Hints(celery_app(settings), FRESH, settings.batch_size)
     spooler = SpoolerClient(launcher(settings, state.spool), hints.offer, settings.accept_deadline)
     threads = DiskThreads(THREADS)
@@ -84,25 +96,34 @@ async def _serve(
         state.spool, spooler, routes.route_for, settings, threads, asyncio.Semaphore(bodies)
     )
     size_limit = partial(offered_size, settings.max_message_size, routes)
-    server = FrontEnd(loop, settings, receiver, size_limit, last_descriptor)
+    authenticator = Authenticator(loop, settings.database_url)
+    server = FrontEnd(
+        loop, settings, receiver, size_limit, authenticator, last_descriptor, certificate
+    )
     await spooler.start()
     freeze_memory()
-    for door, addresses in doors:
-        open_at = [format_address(*address) for address in await server.listen(door, addresses)]
+    passed = SystemdSockets()
+    for door, listeners in doors:
+        open_at = await server.listen(door, listeners, passed)
         if open_at:
             log.info("listening", door=door.name, addresses=open_at)
         count = metrics.SESSIONS_OPEN.labels(door.name)
         count.set_function(partial(server.sessions.__getitem__, door.name))
+    if passed.names:
+        log.warning("sockets not used", names=passed.names)
     hints.start()
     metrics.JOURNAL_LAG_MESSAGES.set_function(lambda: spooler.lag.messages)
     metrics.JOURNAL_LAG_BYTES.set_function(lambda: spooler.lag.octets)
     metrics.JOURNAL_LAG_SECONDS.set_function(lambda: spooler.lag.seconds)
     queue = metrics.QueueMetrics(state.engine, state.spool, hints.lists)
-    stop_metrics = metrics.serve(settings, queue)
+    stop_metrics = metrics.serve(
+        settings, queue, tls_context=(lambda: certificate.context) if certificate else None
+    )
     await stop.wait()
     stop_metrics()
     log.info("stopping", sessions=len(server.connections))
     await server.stop(settings.drain_timeout)
+    await authenticator.close()
     await spooler.close(5.0)
     await loop.run_in_executor(None, threads.close, 5.0)
     await loop.run_in_executor(None, hints.close)

@@ -3,11 +3,13 @@
 `receive` takes any number of bytes and returns events; `replies` returns the replies to all of them
 in one piece, so that a pipelined group (RFC 2920) is answered in one write. `COMMANDS` says what a
 command does, or is answered, in each state. After `DataComplete` input waits for `reply`, so that
-no command overtakes the message. If the connection is lost before that, the driver cancels it.
+no command overtakes the message; likewise after `CredentialsReceived` (RFC 4954). If the connection
+is lost before that, the driver cancels it.
 
 What must stay true: content never runs as commands. Input before the banner or behind a refused
-DATA closes the connection, and so do BDAT, HTTP, TLS and too many errors. One client does not delay
-others: after TURN commands, or in `TARPIT`, the rest waits until the driver calls `resume`.
+DATA closes the connection, and so do BDAT, HTTP, TLS and too many errors. Input behind STARTTLS is
+discarded, and after the handshake the driver makes a new session. One client does not delay others:
+after TURN commands, or in `TARPIT`, the rest waits until the driver calls `resume`.
 """
 
 import re
@@ -15,11 +17,21 @@ from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import NamedTuple
 
-from reception.envelope import Envelope, Refused
-from reception.events import DataComplete, DataReceived, Event, MailStarted, Refusal
+from reception.envelope import Envelope, Refused, TlsState
+from reception.events import (
+    CredentialsReceived,
+    DataComplete,
+    DataReceived,
+    Event,
+    MailStarted,
+    Refusal,
+    TlsRequested,
+)
+from reception.login import Credentials, Login
 from reception.policy import ClientPolicy
 from smtpd.addresses import parse_recipient, parse_sender
 from smtpd.content import Content, Fault
+from smtpd.sasl import MECHANISMS, RESPONSE_LIMIT, Exchange
 
 LINE_LIMIT = 2048
 """Octets of a command line with its CRLF. RFC 5321 (4.5.3.1.4) asks for at least 512, SIZE and DSN
@@ -27,6 +39,9 @@ for 639 more. The longest address that QMQP servers accept (999 octets) must fit
 """
 ERROR_LIMIT = 20
 """Refused commands without an accepted message between them."""
+FREE_ERRORS = 10
+"""Of these, after which each one costs an untrusted client TARPIT, as in Postfix
+(smtpd_soft_error_limit)."""
 TURN = 50
 """Commands before other connections get their turn: some hundred microseconds."""
 FREE_COMMANDS = 100
@@ -39,6 +54,9 @@ COMMAND_LIMIT = 200  # of these, after which the connection is closed
 TARPIT = 1.0  # seconds
 ENDLESS = 1 << 20
 """Octets of a line, or of content that is not stored, after which the connection is closed."""
+
+AUTH_FAILURES = 3
+"""Of a connection, after which it is closed."""
 
 _OK = "250 2.0.0 Ok"
 _TOO_LONG = "500 5.5.2 Line too long"
@@ -59,6 +77,9 @@ class SessionState(IntEnum):
     AWAIT_REPLY = 5  # the message has ended, its reply is due
     PRE_BANNER = 6  # the banner was not sent yet
     CLOSED = 7
+    HANDSHAKE = 8  # what comes now is no SMTP
+    RESPONSE = 9  # an exchange of AUTH awaits a response of the client
+    VERIFYING = 10  # credentials have come, their verdict is due
 
 
 class Greeting(NamedTuple):
@@ -66,6 +87,7 @@ class Greeting(NamedTuple):
 
     hostname: str
     max_message_size: int
+    starttls: bool = False
 
 
 class Session:
@@ -73,12 +95,16 @@ class Session:
 
     Call `start`, then `receive` and `reply`; after each send `replies`, then check `closed`.
     `pause` is the seconds after which `resume` is due (0: in the next turn of the loop), or None;
-    input waits until then. The driver sets `halted` while the client does not read.
+    input waits until then. The driver sets `halted` while the client does not read, and
+    `auth_required` where nobody sends without a login.
     """
 
-    def __init__(self, greeting: Greeting, client: ClientPolicy) -> None:
+    def __init__(
+        self, greeting: Greeting, client: ClientPolicy, tls: TlsState | None = None
+    ) -> None:
         self.greeting = greeting
         self.client = client
+        self.tls = tls  # None in plain text
         self.state = SessionState.PRE_BANNER
         self.input = b""  # that waits
         self._replies: list[str] = []
@@ -89,11 +115,15 @@ class Session:
         self._skipping = False  # the rest of a line that was too long
         self._client_name = ""
         self._protocol = "SMTP"
+        self.auth_required = False  # nobody sends mail without authentication
+        self.user = tls.subject if tls is not None else None  # that the client authenticated as
         self.envelope: Envelope | None = None  # of the open transaction
         self._positions: dict[str, int] = {}  # of a mailbox among the recipients
         self._content: Content | None = None
         self._unwanted = False  # the content cannot be stored
         self._wasted = 0  # octets of a line that is too long, or of content that is not stored
+        self._exchange: Exchange | None = None  # of the AUTH that awaits a response
+        self._auth_failures = 0
         self.halted = False
         self.lines = 0  # begun
         self.pause: float | None = None
@@ -106,7 +136,12 @@ class Session:
     @property
     def idle(self) -> bool:
         """Whether no transaction is open, so that closing costs the client nothing."""
-        return self.state in (SessionState.START, SessionState.READY, SessionState.PRE_BANNER)
+        return self.state in _IDLE
+
+    @property
+    def offers_auth(self) -> bool:
+        """Whether the client may log in: nobody else can read its password, and it has not."""
+        return self.client.login is None and (self.tls is not None or self.client.plaintext_auth)
 
     @property
     def quit_pending(self) -> bool:
@@ -119,6 +154,10 @@ class Session:
         """Sends the banner."""
         self.state = SessionState.START
         self._replies.append(f"220 {self.greeting.hostname} ESMTP qmqp-relay")
+
+    def start_again(self) -> None:
+        """Continues after STARTTLS: there is no banner, and the client sends EHLO."""
+        self.state = SessionState.START
 
     def receive(self, data: bytes) -> list[Event]:
         """Takes bytes from the client; returns the events in order."""
@@ -145,6 +184,33 @@ class Session:
             self._errors = self._commands = 0
         return self._advance()
 
+    def authenticated(self, login: Login) -> list[Event]:
+        """The credentials were right; continues with the input after them."""
+        self._end_verification()
+        self.client = self.client.as_user(login)
+        self.user = login.name
+        self._replies.append("235 2.7.0 Authentication successful")
+        return self._advance()
+
+    def authentication_failed(self, reply: str) -> list[Event]:
+        """The credentials are refused; continues with the input after them, unless the reply is 421
+        or the client has failed too often."""
+        self._end_verification()
+        self._events = []
+        self._auth_failures += reply.startswith("535")
+        if reply.startswith("421"):
+            self._refuse_and_close(reply)
+        else:
+            self._refuse(reply)
+            if self._auth_failures >= AUTH_FAILURES and not self.closed:
+                self.close("421 4.7.0 Too many failed authentications, closing connection")
+        return self._events + self._advance()
+
+    def _end_verification(self) -> None:
+        if self.state is not SessionState.VERIFYING:
+            raise RuntimeError("no verdict is due")
+        self._reset()
+
     def close(self, *reply: str) -> None:
         """Ends the session with this reply in any state."""
         self._replies += reply
@@ -170,12 +236,15 @@ class Session:
                     break
             elif self.state is SessionState.CONTENT:
                 self._read_content()
-            elif self.state is SessionState.AWAIT_REPLY:
+            elif self.state in (SessionState.AWAIT_REPLY, SessionState.VERIFYING):
                 break
+            elif self.state is SessionState.RESPONSE:
+                if not self._read_response():
+                    break
             else:
                 if self.state is SessionState.PRE_BANNER:
                     self._refuse_and_close("554 5.5.0 The client must wait for the banner")
-                self.input = b""
+                self.input = b""  # behind STARTTLS too (CVE-2011-0411)
         return self._events
 
     def _read_commands(self) -> bool:
@@ -247,6 +316,9 @@ class Session:
             else:
                 raise Refused(cell)
         except Refused as refused:
+            if refused.closes:
+                self._refuse_and_close(str(refused))
+                return
             self._refuse(str(refused))
             # A client waits for the reply to DATA, so input behind it shows that it did not wait,
             # and the input is content; the content of BDAT (RFC 3030) follows in any case. This is
@@ -265,8 +337,12 @@ class Session:
             self._events.append(Refusal(reply))
         self._deferred = self._deferred or temporary
         self._errors += not temporary
-        if self._errors >= ERROR_LIMIT and not self.closed:
+        if self.closed:
+            return
+        if self._errors >= ERROR_LIMIT:
             self.close("421 4.7.0 Too many errors, closing connection")
+        elif self._errors > FREE_ERRORS and not temporary and not self.client.trusted:
+            self.pause = TARPIT
 
     def _refuse_and_close(self, reply: str) -> None:
         self.state = SessionState.CLOSED
@@ -285,12 +361,14 @@ class Session:
         # SMTPUTF8 (RFC 6531) is for headers: Postfix bounces a message with UTF-8 in it where this
         # is not offered. A QMQP server cannot be asked about addresses beyond ASCII, so those are
         # refused with 553 5.6.7.
+        starttls = "250-STARTTLS\r\n" if self.greeting.starttls and self.tls is None else ""
         self._greet(
             argument,
-            "ESMTP",
-            f"250-{self.greeting.hostname}\r\n250-PIPELINING\r\n"
+            "ESMTP" if self.tls is None else "ESMTPS",
+            f"250-{self.greeting.hostname}\r\n250-PIPELINING\r\n{starttls}"
             f"250-SIZE {self.greeting.max_message_size}\r\n250-8BITMIME\r\n"
-            "250-ENHANCEDSTATUSCODES\r\n250-SMTPUTF8\r\n250 DSN",
+            f"250-ENHANCEDSTATUSCODES\r\n{_AUTH_OFFER if self.offers_auth else ''}"
+            "250-SMTPUTF8\r\n250 DSN",
         )
 
     def _greet(self, name: bytes, protocol: str, reply: str) -> None:
@@ -301,18 +379,75 @@ class Session:
         self._protocol = protocol
         self._replies.append(reply)
 
+    def _auth(self, argument: bytes) -> None:
+        if self.client.login is not None:
+            raise Refused("503 5.5.1 You have authenticated already")
+        if self._protocol == "SMTP":
+            raise Refused("503 5.5.1 Send EHLO first")
+        mechanism, _, initial = argument.partition(b" ")
+        if not mechanism or b" " in initial:
+            raise Refused("501 5.5.4 Write AUTH, a mechanism, and at most one initial response")
+        exchange = Exchange(mechanism)
+        if not self.offers_auth:
+            raise Refused("538 5.7.11 Encryption is required for this mechanism")
+        self._exchange = exchange
+        self._continue_exchange(exchange.start(initial or None))
+
+    def _continue_exchange(self, step: str | Credentials) -> None:
+        if isinstance(step, str):
+            self.state = SessionState.RESPONSE
+            self._replies.append(step)
+        else:
+            self._exchange = None
+            self.state = SessionState.VERIFYING
+            self._events.append(CredentialsReceived(step))
+
+    def _read_response(self) -> bool:
+        """Takes a response of the exchange; False if more input is needed."""
+        assert self._exchange is not None
+        line, newline, rest = self.input.partition(b"\n")
+        if not newline and len(line) < RESPONSE_LIMIT:
+            return False
+        self.lines += 1
+        self.state = SessionState.READY
+        self.input = rest
+        try:
+            if len(line) >= RESPONSE_LIMIT:
+                self._skipping, self._wasted = not newline, len(line)
+                raise Refused("500 5.5.6 Authentication exchange line is too long")
+            if line[-1:] != b"\r":
+                raise Refused("500 5.5.2 A line ends with CR LF")
+            self._continue_exchange(self._exchange.respond(line[:-1]))
+        except Refused as refused:
+            self._exchange = None
+            self._refuse(str(refused))
+        return True
+
     def _mail(self, argument: bytes) -> None:
+        if self.auth_required and self.user is None:
+            raise Refused("530 5.7.0 Authentication required")
         trusted = self.client.trusted
         sender, parameters = parse_sender(argument, self.greeting.hostname, trusted=trusted)
         size = int(parameters.get(b"SIZE", "0"))
         if size > self.greeting.max_message_size:
             raise Refused(Fault.TOO_BIG.value)
-        self.client.check_sender(size)
-        # The keyword of the trace field: RFC 3848, and RFC 6531 (4.3) for SMTPUTF8.
-        protocol = "UTF8SMTP" if b"SMTPUTF8" in parameters else self._protocol
+        self.client.check_sender(sender, size)
+        self.client.check_rate("messages", sender, self.user)
+        protocol = self._keyword(smtputf8=b"SMTPUTF8" in parameters)
         self.envelope = Envelope(sender, parameters, self._client_name, protocol)
+        if self.tls is not None:
+            self.envelope.tls = str(self.tls)
+        self.envelope.auth_user = self.user
         self.state = SessionState.SENDER
         self._replies.append("250 2.1.0 Ok")
+
+    def _keyword(self, *, smtputf8: bool) -> str:
+        """The keyword of the trace field: RFC 3848, and RFC 6531 (4.3) for SMTPUTF8."""
+        if not smtputf8 and self._protocol == "SMTP":
+            return "SMTP"
+        protocol = "UTF8SMTP" if smtputf8 else "ESMTP"
+        logged_in = self.client.login is not None
+        return f"{protocol}{'S' if self.tls is not None else ''}{'A' if logged_in else ''}"
 
     def _rcpt(self, argument: bytes) -> None:
         assert self.envelope is not None
@@ -325,6 +460,7 @@ class Session:
             recipients[position] = recipients[position].merge(recipient)
         else:
             self.client.check_recipient(recipient, len(recipients))
+            self.client.check_rate("recipients", self.envelope.sender, self.user)
             self._positions[recipient.mailbox] = len(recipients)
             recipients.append(recipient)
         self.state = SessionState.RECIPIENTS
@@ -372,6 +508,20 @@ class Session:
         _require_none(argument)
         self.close("221 2.0.0 Bye")
 
+    def _starttls(self, argument: bytes) -> None:
+        if not self.greeting.starttls:
+            raise Refused("500 5.5.2 Command not recognized")
+        if self.state is SessionState.START:
+            raise Refused(_NO_HELO)
+        if self.tls is not None:
+            raise Refused("503 5.5.1 TLS is active already")
+        if self.envelope is not None:
+            raise Refused("503 5.5.1 STARTTLS is not allowed in a transaction")
+        _require_none(argument)
+        self.state = SessionState.HANDSHAKE
+        self._replies.append("220 2.0.0 Ready to start TLS")
+        self._events.append(TlsRequested())
+
     def _http(self, _argument: bytes) -> None:
         self._refuse_and_close(_NOT_SMTP)
 
@@ -385,18 +535,29 @@ _HTTP_METHODS = b"GET POST PUT HEAD OPTIONS CONNECT DELETE PATCH PRI".split()
 _NO_HELO = "503 5.5.1 Send HELO or EHLO first"
 _NO_SENDER = "503 5.5.1 Send MAIL first"
 _NESTED = "503 5.5.1 A sender was given already"
+_NOT_WITHIN = "503 5.5.1 AUTH is not allowed within a transaction"
+_AUTH_OFFER = f"250-AUTH {b' '.join(MECHANISMS).decode()}\r\n"
+_IDLE = (
+    SessionState.START,
+    SessionState.READY,
+    SessionState.PRE_BANNER,
+    SessionState.RESPONSE,
+    SessionState.VERIFYING,
+)
 COMMANDS: Mapping[bytes, tuple[str | Callable[[Session, bytes], None], ...]] = {
     #        START     READY         SENDER                           RECIPIENTS
     b"MAIL": (_NO_HELO, Session._mail, _NESTED, _NESTED),
     b"RCPT": (_NO_HELO, _NO_SENDER, Session._rcpt, Session._rcpt),
+    b"AUTH": (_NO_HELO, Session._auth, _NOT_WITHIN, _NOT_WITHIN),
     b"DATA": (_NO_HELO, _NO_SENDER, "554 5.5.1 No valid recipients", Session._data),
     b"HELO": (Session._helo,) * 4,
     b"EHLO": (Session._ehlo,) * 4,
     b"RSET": (Session._rset,) * 4,
     b"QUIT": (Session._quit,) * 4,
     b"NOOP": (_OK,) * 4,
+    b"STARTTLS": (Session._starttls,) * 4,
     b"VRFY": ("252 2.1.5 Cannot verify; send some mail and see",) * 4,
-    b"HELP": ("214 2.0.0 HELO EHLO MAIL RCPT DATA RSET NOOP VRFY HELP QUIT",) * 4,
+    b"HELP": ("214 2.0.0 HELO EHLO AUTH MAIL RCPT DATA RSET NOOP VRFY HELP QUIT",) * 4,
     **dict.fromkeys(_HTTP_METHODS, (Session._http,) * 4),
 }
 """The method of a command in each state, or its reply."""

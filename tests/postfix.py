@@ -64,7 +64,7 @@ inet_interfaces = loopback-only
 inet_protocols = ipv4
 relayhost = [127.0.0.1]:{relay_port}
 smtp_dns_support_level = disabled
-smtp_tls_security_level = none
+{tls}
 """
 
 _CLIENT_MASTER = """\
@@ -75,6 +75,7 @@ rewrite unix - - n - - trivial-rewrite
 bounce unix - - n - 0 bounce
 defer unix - - n - 0 bounce
 smtp unix - - n - - smtp
+tlsmgr unix - - n 1000? 1 tlsmgr
 """
 
 
@@ -184,9 +185,9 @@ class PostfixClient(Postfix):
 
     main, master = _CLIENT_MAIN, _CLIENT_MASTER
 
-    def __init__(self, relay_port: int) -> None:
+    def __init__(self, relay_port: int, tls: str = "smtp_tls_security_level = none") -> None:
         super().__init__()
-        self.relay_port = relay_port
+        self.relay_port, self.tls = relay_port, tls
 
     def _answers(self) -> bool:
         return all(

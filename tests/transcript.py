@@ -4,7 +4,8 @@ add to.
 A file in tests/transcripts/ has dialogues, each with a title. A line begins with one of these:
 
     == title    a dialogue begins; (trusted) at its end: the client may relay; (early): the client
-                does not wait for the banner; (whole): not for packets that are cut
+                does not wait for the banner; (whole): not for packets that are cut;
+                (starttls): the server has a certificate
     # text      a comment on the dialogue, below its title
     C: text     the client sends this line and CR LF; lines that follow one another are one packet
     C| text     the same without CR LF
@@ -12,6 +13,8 @@ A file in tests/transcripts/ has dialogues, each with a title. A line begins wit
     S: *        the server has closed the session
     M: text     the next line of the message that was received, LF at its end
     R: text     the reply to the message, if it is not `250 2.0.0 Ok: queued as ID`
+
+In a (plaintext) dialogue the client may log in without TLS: as any user, with the password `right`.
 
 In lines of the client and of the message `\\r \\n \\t \\\\ \\xNN` are these bytes, and `{x*500}` is
 500 times x. The session has a real policy: only the client of a trusted dialogue may relay, the
@@ -25,11 +28,15 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
-from reception.events import DataComplete, DataReceived
+from reception.authentication import INVALID
+from reception.events import CredentialsReceived, DataComplete, DataReceived, Event
+from reception.login import Credentials, Login
 from reception.policy import Policy
 from relay.settings import SmtpdSettings, load
+from relay.users import Role, User
 from smtpd.session import Greeting, Session, SessionState
 
 DIRECTORY = Path(__file__).parent / "transcripts"
@@ -88,15 +95,17 @@ class Play:
     is the first of its packet."""
 
     def __init__(self, directory: Path, dialogue: Transcript, *, cut: bool = False) -> None:
+        peer = TRUSTED if "trusted" in dialogue.options else UNTRUSTED
         settings = load(
             SmtpdSettings,
             spool_dir=directory,
             hostname="relay.example",
             client_networks=(TRUSTED,),
             recipient_domains=("example.org",),
+            auth_plaintext_networks=(peer,) if "plaintext" in dialogue.options else (),
         )
-        peer = TRUSTED if "trusted" in dialogue.options else UNTRUSTED
-        self.session = Session(Greeting("relay.example", MAX_SIZE), Policy(settings).client(peer))
+        greeting = Greeting("relay.example", MAX_SIZE, "starttls" in dialogue.options)
+        self.session = Session(greeting, Policy(settings).client(peer))
         self.said: list[str] = []
         self.seen: set[tuple[str, SessionState]] = set()
         self._dialogue = dialogue
@@ -128,15 +137,26 @@ class Play:
             self._receive(piece)
 
     def _receive(self, piece: bytes) -> None:
-        events = self.session.receive(piece)
-        while events or self.session.pause is not None:
-            for event in events:
-                match event:
-                    case DataReceived(text):
-                        self._message += text
-                    case DataComplete():
-                        self._take()
-            events = self.session.resume() if self.session.pause is not None else []
+        self._handle(self.session.receive(piece))
+        while self.session.pause is not None:
+            self._handle(self.session.resume())
+
+    def _handle(self, events: Iterable[Event]) -> None:
+        for event in events:
+            match event:
+                case DataReceived(text):
+                    self._message += text
+                case DataComplete():
+                    self._take()
+                case CredentialsReceived(credentials):
+                    self._handle(self._verdict(credentials))
+
+    def _verdict(self, credentials: Credentials) -> list[Event]:
+        if credentials.password != "right":
+            return self.session.authentication_failed(INVALID)
+        name, since = credentials.name, datetime.now(UTC)
+        user = User(name, Role.SENDER, ("*@example.com",), None, since, None, None)
+        return self.session.authenticated(Login(user))
 
     def _take(self) -> None:
         """Shows a message and replies to it."""
@@ -144,16 +164,11 @@ class Play:
         self.said += [f"M: {written(line)}".rstrip() for line in self._message.split(b"\n")[:-1]]
         self._message = b""
         reply, self._reply = self._reply, _QUEUED
-        for event in self.session.reply(reply):
-            match event:
-                case DataReceived(text):
-                    self._message += text
-                case DataComplete():
-                    self._take()
+        self._handle(self.session.reply(reply))
 
     def _answer(self) -> None:
         replies = self.session.replies().decode("ascii")
-        self.said += [f"S: {line}" for line in replies.split("\r\n")[:-1]]
+        self.said += [f"S: {line}".rstrip() for line in replies.split("\r\n")[:-1]]
         if self.session.closed and _CLOSED not in self.said:
             self.said.append(_CLOSED)
 

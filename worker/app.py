@@ -38,6 +38,7 @@ from relay.settings import SettingsError, WorkerSettings, load
 from relay.spool.mark import SpoolMark
 from relay.spool.store import SpoolError
 from relay.startup import freeze_memory, ready
+from relay.tls import metrics_context
 from worker.circuit_breaker import ServerPool
 from worker.cleaner import Cleaner
 from worker.consumer import LARGEST
@@ -126,7 +127,8 @@ class WorkerProcess:
         self.engine.start()
         for part in parts:
             part.start()
-        metrics.serve(settings, metrics.QueueMetrics(state.engine, state.spool, hints.lists))
+        reported = metrics.QueueMetrics(state.engine, state.spool, hints.lists)
+        metrics.serve(settings, reported, tls_context=metrics_context(settings))
         threading.Thread(
             target=self._drain, args=(self.engine, parts), name="end", daemon=True
         ).start()

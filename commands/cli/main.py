@@ -1,4 +1,5 @@
-"""The command line `qmqp-relay COMMAND`. The commands for the queue are in `commands.cli.queue`.
+"""The command line `qmqp-relay COMMAND`. The commands for the queue are in `commands.cli.queue`,
+those for users in `commands.cli.users`.
 
 A command is a thin function: it reads its settings, calls the module that does the work, and
 returns an exit status. `commands.errors.command` turns errors into sentences. Heavy modules are
@@ -13,6 +14,7 @@ from typing import Annotated
 import typer
 
 from commands.cli.queue import Json, Yes, queue
+from commands.cli.users import users
 from commands.errors import DONE, command
 
 main = typer.Typer(
@@ -218,6 +220,7 @@ def web() -> int:
 
 
 main.add_typer(queue)
+main.add_typer(users)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from commands.ops.show import mounted_spool, opened
 from commands.output import size, span, write
 from commands.standalone import valkey
 from qmqp.probe import probe
-from reception.policy import qmqp_networks, smtp_networks
+from reception.policy import Policy, qmqp_networks
 from relay.db import engine as database
 from relay.db import schema
 from relay.hints import QUEUES
@@ -37,6 +38,7 @@ from relay.routes import Routes, Server
 from relay.settings import Settings, SettingsError, SmtpdSettings, WorkerSettings, load, redacted
 from relay.spool.mark import SpoolMark
 from relay.spool.store import file_system
+from relay.tls import DAY, WARN_DAYS, CertificateError, load_pair
 
 type Verdict = Literal["ok", "warn", "fail", "away"]
 TIMEOUT = 5.0  # seconds for a connection, and for a reply
@@ -74,7 +76,7 @@ def check_all() -> Iterator[CheckResult]:
     """Every result, the most important first."""
     try:
         smtpd, settings = load(SmtpdSettings), load(WorkerSettings)
-        smtp_networks(smtpd)
+        Policy(smtpd)
         qmqp_networks(smtpd)
         routes = Routes.load(settings)
     except SettingsError as error:
@@ -84,6 +86,7 @@ def check_all() -> Iterator[CheckResult]:
     yield CheckResult("settings", "ok", f"RELAY_STATE_DIR = {settings.state_dir}")
     yield from _database(settings)
     yield from _file_modes(settings)
+    yield from check_certificate(smtpd)
     yield _broker(settings)
     yield from check_routes(routes)
     servers = [server for route in routes.all() for server in route.servers]
@@ -199,6 +202,28 @@ def _file_modes(settings: Settings) -> Iterator[CheckResult]:
         )
     elif directory.is_dir():
         yield CheckResult("files", "ok", "other users have no access")
+
+
+def check_certificate(settings: SmtpdSettings) -> Iterator[CheckResult]:
+    """Whether smtpd could use the files of the certificate now, and until when."""
+    if settings.tls_certificate is None:
+        return
+    try:
+        pair = load_pair(settings, settings.tls_client_ca)
+    except CertificateError as error:
+        remedy = "correct the files; a running smtpd keeps the pair that it has"
+        yield CheckResult("certificate", "fail", str(error), remedy)
+        return
+    days = (pair.expires_at - time.time()) / DAY
+    text = f"{settings.tls_certificate} ends in {days:.0f} days"
+    if days < 0:
+        text = f"{settings.tls_certificate} ended {-days:.0f} days ago"
+    verdict: Verdict = "fail" if days < 0 else "warn" if days < WARN_DAYS else "ok"
+    yield CheckResult("certificate", verdict, text, "" if verdict == "ok" else "renew it")
+    key = settings.tls_key or settings.tls_certificate
+    if key.stat().st_mode & stat.S_IROTH:
+        text = f"other users can read the key in {key}"
+        yield CheckResult("certificate", "warn", text, f"run chmod o-r {key}")
 
 
 def _broker(settings: Settings) -> CheckResult:

@@ -350,11 +350,12 @@ def _envelope(report: MessageReport) -> Iterator[tuple[str, str]]:
     user = f" as {message.auth_user}" if message.auth_user else ""
     name = f" ({message.helo})" if message.helo else ""
     client = f"{message.client_address or 'here'}{name} by {message.protocol}"
+    tls = f" ({message.tls})" if message.tls else ""
     received = message.received_at
     values = {
         "id": message.queue_id,
         "sender": message.sender or "<>",
-        "received": f"{stamp(received)} ({ago(received)} ago) from {client}{user}",
+        "received": f"{stamp(received)} ({ago(received)} ago) from {client}{tls}{user}",
         "size": f"{message.size} bytes",
         "Message-ID": message.header_message_id,
         "BODY": message.body_type,

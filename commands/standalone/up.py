@@ -6,7 +6,8 @@ While the database is away, smtpd starts alone if the spool is known, and the ot
 migrations. Each process logs to this terminal and is restarted when it crashes. One that exits for
 a bad setting or a port in use ends `up`, because a restart would fail too. The first Ctrl-C stops
 the processes in the order in which a message passes them, so that the queue drains; the second
-kills them.
+kills them. SIGHUP goes to smtpd, which reads its certificate again; it stops all if the terminal
+has been closed.
 
 What must stay true: no process starts that cannot run beside what already runs; the files of a
 killed `up` never hinder the next; without a broker all mail is delivered, so a Valkey that does not
@@ -28,14 +29,15 @@ from pathlib import Path
 
 import typer
 
+from commands import healthcheck
 from commands.errors import OUT_OF_REACH, WRONG_USE, CommandError
 from commands.standalone import valkey
 from commands.standalone.supervisor import Child
+from relay.listeners import Listener, format_address
 from relay.log import configure, get_logger
 from relay.settings import (
     SmtpdSettings,
     WorkerSettings,
-    format_address,
     load,
     redacted,
     unknown_names,
@@ -135,6 +137,11 @@ class Stack:
         for child in self.children.values():
             child.signal(signal.SIGKILL)
 
+    def reload(self) -> None:
+        """Pass SIGHUP on to smtpd."""
+        if "smtpd" in self.children:
+            self.children["smtpd"].signal(signal.SIGHUP)
+
     def _child(
         self, name: str, *options: str, stop_timeout: float, program: list[str] | None = None
     ) -> Child:
@@ -143,9 +150,9 @@ class Stack:
         return child
 
     async def _announce(self) -> None:
-        address = self.smtpd.smtp_listen[0]
-        if not await _until(lambda: smtp_answers(*_reachable(*address)), 60):
-            log.error("smtpd not ready", address=format_address(*address))
+        listen = str(self.smtpd.smtp_listen[0])
+        if not await _until(lambda: _smtpd_answers(listen), 60):
+            log.error("smtpd not ready", address=listen)
         typer.echo(banner(self))
 
     async def _start_valkey(self, tasks: asyncio.TaskGroup) -> None:
@@ -201,9 +208,17 @@ async def _supervise(stack: Stack) -> None:
         elif time.monotonic() > first + ONE_SIGNAL:
             stack.kill()
 
+    on_terminal = os.isatty(sys.stderr.fileno())
+
+    def on_hangup() -> None:
+        if on_terminal and not os.isatty(sys.stderr.fileno()):
+            on_signal()
+        else:
+            stack.reload()
+
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
-        loop.add_signal_handler(number, on_signal)
+        loop.add_signal_handler(number, on_hangup if number == signal.SIGHUP else on_signal)
     try:
         with contextlib.suppress(asyncio.CancelledError):
             await running
@@ -241,9 +256,13 @@ def _locked(state_dir: Path) -> Iterator[None]:
         yield
 
 
-def _refuse_taken(addresses: Iterable[tuple[str, int]], setting: str) -> None:
+def _refuse_taken(listeners: Iterable[Listener], setting: str) -> None:
     """Raise CommandError for an address that cannot be listened on."""
-    for host, port in addresses:
+    for listener in listeners:
+        host, port = listener.host, listener.port
+        if listener.socket_name:
+            text = "systemd passes its sockets to one process: run `qmqp-relay smtpd` in its unit"
+            raise CommandError(WRONG_USE, f"{setting} = {listener}: {text}")
         # The children of an `up` that was just killed may not have ended yet.
         deadline = time.monotonic() + 1
         while error := _bind_error(host, port):
@@ -292,12 +311,22 @@ def smtp_answers(host: str, port: int) -> bool:
     return False
 
 
-def _reachable(host: str, port: int) -> tuple[str, int]:
+def _smtpd_answers(listen: str) -> bool:
+    """Whether smtpd answers at this listener, with whatever options it has."""
+    try:
+        healthcheck.smtp(listen)
+    except (healthcheck.Unhealthy, OSError):
+        return False
+    return True
+
+
+def _reachable(listener: Listener) -> tuple[str, int]:
     """The address at which a client of this machine reaches a listener, also one that listens on
     all addresses."""
+    host = listener.host
     if host.strip("0.:"):
-        return host, port
-    return "::1" if ":" in host else "127.0.0.1", port
+        return host, listener.port
+    return "::1" if ":" in host else "127.0.0.1", listener.port
 
 
 def _short(path: str | Path) -> str:
@@ -307,7 +336,7 @@ def _short(path: str | Path) -> str:
 
 def banner(stack: Stack) -> str:
     """What listens where, and which commands to try."""
-    url = format_address(*_reachable(*stack.smtpd.smtp_listen[0]))
+    url = format_address(*_reachable(stack.smtpd.smtp_listen[0]))
     database = stack.smtpd.database_url
     servers = " ".join(stack.worker.qmqp_servers)
     demo = ""
@@ -319,9 +348,9 @@ def banner(stack: Stack) -> str:
             "deferred twice and then accepted, reject@ is rejected, slow@ is accepted late,\n"
             "drop-reply@ gets no reply, and any other is accepted.\n"
         )
-    qmqp_in = " ".join(format_address(*address) for address in stack.smtpd.qmqp_listen)
+    qmqp_in = " ".join(map(str, stack.smtpd.qmqp_listen))
     facts = {
-        "SMTP": " ".join(format_address(*address) for address in stack.smtpd.smtp_listen),
+        "SMTP": " ".join(map(str, stack.smtpd.smtp_listen)),
         **({"QMQP in": qmqp_in} if qmqp_in else {}),
         "QMQP": servers or "no server yet: mail waits until RELAY_QMQP_SERVERS names one",
         "database": redacted(database),

@@ -40,6 +40,7 @@ from commands.output import ago, cut, due, plain, size, span, stamp
 from commands.web import charts
 from commands.web.timeline import timeline
 from relay.db.engine import is_outage
+from relay.listeners import is_loopback
 from relay.log import first_line, get_logger
 from relay.queue.states import UNFINISHED, State
 from relay.report.filters import Filter, bracketed
@@ -47,6 +48,7 @@ from relay.report.queries import NoSuchMessage, QueueReader
 from relay.report.rows import Row
 from relay.report.statistics import Statistics
 from relay.settings import Settings
+from relay.tls import CertificatePair, certificate_pair
 
 log = get_logger(__name__)
 PAGES = Path(__file__).with_name("templates")
@@ -338,8 +340,11 @@ def address(text: str) -> Markup:
     return Markup(re.sub(r"[@.]", r"<wbr>\g<0>", unbroken(text)))  # noqa: S704 - it was escaped
 
 
-def server(engine: Engine, settings: Settings) -> uvicorn.Server:
-    """The server of the pages; its `run` takes the listening sockets."""
+def server(
+    engine: Engine, settings: Settings, certificate: CertificatePair | None = None
+) -> uvicorn.Server:
+    """The server of the pages, over TLS with a certificate; its `run` takes the listening
+    sockets."""
     pages = Pages(engine, settings)
     app = Starlette(
         routes=[
@@ -360,6 +365,7 @@ def server(engine: Engine, settings: Settings) -> uvicorn.Server:
         server_header=False,
         limit_concurrency=100,
         timeout_graceful_shutdown=3,
+        ssl_context_factory=(lambda *_: certificate.server_context()) if certificate else None,
     )
     return uvicorn.Server(config)
 
@@ -374,9 +380,11 @@ def run(settings: Settings) -> int:
         except OSError as error:
             text = f"RELAY_WEB_LISTEN: cannot listen on {host}:{port}: {error.strerror}"
             raise CommandError(WRONG_USE, text) from None
+    beyond = not all(is_loopback(host) for host, _port in settings.web_listen)
+    certificate = certificate_pair(settings) if beyond else None
     with opened(settings) as engine:
         for host, port in settings.web_listen:
-            log.info("web pages served", host=host, port=port)
+            log.info("web pages served", host=host, port=port, tls=certificate is not None)
         with contextlib.suppress(KeyboardInterrupt):
-            server(engine, settings).run(sockets)
+            server(engine, settings, certificate).run(sockets)
     return DONE

@@ -11,14 +11,14 @@ WITH s AS (
 ), m AS (
     INSERT INTO messages (id, received_at, sender, size, client_address, helo, protocol, auth_user,
         header_message_id, body_type, ret, envid, dsn_of, client_trusted, dsn_content, segment,
-        position)
+        position, tls)
     SELECT id, now() - :age * interval '1 second', sender, size, client_address, helo, protocol,
         auth_user, header_message_id, body_type, ret, envid, dsn_of, client_trusted, dsn_content,
-        CASE WHEN position IS NOT NULL THEN CAST(:segment AS uuid) END, position
+        CASE WHEN position IS NOT NULL THEN CAST(:segment AS uuid) END, position, tls
     FROM json_to_recordset(CAST(:messages AS json)) AS x(
         id uuid, sender text, size bigint, client_address text, helo text, protocol text,
         auth_user text, header_message_id text, body_type text, ret text, envid text, dsn_of uuid,
-        client_trusted boolean, dsn_content text, position bigint)
+        client_trusted boolean, dsn_content text, position bigint, tls text)
     WHERE CAST(:start AS bigint) IS NULL OR EXISTS (SELECT 1 FROM s)
     ON CONFLICT DO NOTHING
 ), r AS (

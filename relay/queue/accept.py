@@ -39,7 +39,7 @@ class NewMessage(NamedTuple):
     """A message whose body is safe on disk. `size` is that body's, in bytes.
 
     `client_trusted`: whether the policy trusts the client (None: no policy). `dsn_content`:
-    what a DSN encloses.
+    what a DSN encloses. `tls`: protocol and cipher of the connection.
     """
 
     id: str
@@ -57,6 +57,7 @@ class NewMessage(NamedTuple):
     dsn_of: str | None = None
     client_trusted: bool | None = None
     dsn_content: str | None = None
+    tls: str | None = None
 
 
 class EncodedMessage(NamedTuple):
@@ -101,6 +102,7 @@ def encode(message: NewMessage, *, delay_warning: float | None = None) -> bytes:
         "dsn_of": dashed(message.dsn_of) if message.dsn_of else None,
         "client_trusted": message.client_trusted,
         "dsn_content": message.dsn_content,
+        "tls": message.tls,
     }
     numbers: dict[str, int] = {}
     recipients = [

@@ -6,14 +6,14 @@
 -- there is no such condition. The relay chooses every key. Returns a row if the position was moved.
 INSERT INTO messages (id, received_at, sender, size, client_address, helo, protocol, auth_user,
     header_message_id, body_type, ret, envid, dsn_of, client_trusted, dsn_content, segment,
-    position)
+    position, tls)
 SELECT value ->> '$.id', (SELECT now FROM clock) - CAST(:age * 1000000 AS INTEGER),
     value ->> '$.sender', value ->> '$.size',
     value ->> '$.client_address', value ->> '$.helo', value ->> '$.protocol',
     value ->> '$.auth_user', value ->> '$.header_message_id', value ->> '$.body_type',
     value ->> '$.ret', value ->> '$.envid', value ->> '$.dsn_of', value ->> '$.client_trusted',
     value ->> '$.dsn_content', CASE WHEN value ->> '$.position' IS NOT NULL THEN :segment END,
-    value ->> '$.position'
+    value ->> '$.position', value ->> '$.tls'
 FROM json_each(:messages)
 WHERE :start IS NULL
     OR EXISTS (SELECT 1 FROM segments WHERE id = :segment AND committed_to = :start)

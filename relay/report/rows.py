@@ -81,6 +81,7 @@ class MessageRow:
     dsn_content: str | None
     segment: str | None
     position: int | None
+    tls: str | None
     recipients: list[RecipientRow]
     deliveries: list[DeliveryRow]
     attempts: list[AttemptRow]

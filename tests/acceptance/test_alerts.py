@@ -24,6 +24,7 @@ OVERDUE, SENDING, PAUSED = (
     'relay_deliveries{state="sending"}',
     'relay_paused{subject="a"}',
 )
+DAYS = 'relay_tls_certificate_days{file="a"}'
 ROOM, UP = "relay_spool_free_bytes", "relay_database_up"
 RESTS, ACCEPT = (
     'relay_circuit_opened_total{server="mx:628", why="%s"}',
@@ -67,6 +68,18 @@ CASES: list[Case] = [
     ("RelayJournalDisk", {**JOURNAL, "relay_journal_disk_bytes": "7e8x120"}, [], [62]),
     ("RelayBodyDamaged", {"relay_bodies_damaged_total": "0x5 1x90"}, [7], [5, 80]),
     ("RelayTargetsDown", {UP: "1x5 stale"}, [9], [7]),
+    (
+        "RelayPasswordsAreTried",
+        {'relay_authentications_total{result="failed"}': "0+10x30"},
+        [10],
+        [3],
+    ),
+    (
+        "RelayPasswordsAreTried",
+        {'relay_authentications_total{result="accepted"}': "0+99x30"},
+        [],
+        [10],
+    ),
     ("RelaySpoolerRestarted", {"relay_spooler_restarts_total": "0x5 1x40"}, [7, 19], [5, 25]),
     (
         "RelayBrokerListGrows",
@@ -83,6 +96,8 @@ CASES: list[Case] = [
     ),
     # The series of a worker begins with its first refusal.
     ("RelayUnauthorized", {RESTS % "unauthorized": "_x30 1x60"}, [31], [29, 60]),
+    ("RelayCertificateEnds", {DAYS: "15x60 13x120"}, [122], [60, 119]),
+    ("RelayCertificateRejected", {'relay_tls_certificate_rejected{file="a"}': "0x5 1x9"}, [7], [5]),
     (
         "RelaySlowToAccept",
         {ACCEPT % "10": "0+9x60", ACCEPT % "30": "0+10x60", ACCEPT % "+Inf": "0+10x60"},

@@ -166,6 +166,12 @@ READING = [
     "resume --route x",
     "fsck",
     "web",
+    "user list",
+    "user add x",
+    "user passwd x",
+    "user disable x",
+    "user enable x",
+    "user remove x",
 ]
 
 

@@ -4,6 +4,7 @@ ones."""
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 
 from commands import healthcheck as health
 from tests.acceptance.stack import ROOT, command, relay_environ
+from tests.certificates import Authority
 from tests.services import end, free_port
 from tests.waiting import until
 
@@ -35,7 +37,7 @@ def check(role: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def server(*says: bytes, stays: bool = False) -> Iterator[str]:
+def server(*says: bytes, stays: bool = False, tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """A server for one connection: sends the first line at once, each other after it received
     something, then closes."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -43,6 +45,8 @@ def server(*says: bytes, stays: bool = False) -> Iterator[str]:
 
         def serve() -> None:
             client, _ = listener.accept()
+            if tls is not None:
+                client = tls.wrap_socket(client, server_side=True)
             with client:
                 for number, text in enumerate(says):
                     if number and not client.recv(100):
@@ -68,6 +72,16 @@ def test_a_banner_and_a_reply_to_quit_are_healthy(banner: bytes):
         done = check("smtp", RELAY_SMTP_LISTEN=f"{address},127.0.0.1:1")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("220 ")
+
+
+def test_a_listener_over_tls_is_healthy_without_a_name_in_its_certificate(tmp_path: Path):
+    certificate, key = Authority(tmp_path).sign("relay.example").write(tmp_path / "tls")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with server(b"220 mx\r\n", b"221 bye\r\n", tls=context) as address:
+        done = check("smtp", RELAY_SMTP_LISTEN=f"systemd:smtp {address}/tls/auth")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert check("smtp", RELAY_SMTP_LISTEN="systemd:smtp/tls").returncode == 1
 
 
 @pytest.mark.parametrize(

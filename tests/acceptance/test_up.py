@@ -2,6 +2,7 @@
 
 import os
 import signal
+import smtplib
 import socket
 import subprocess
 import sys
@@ -10,8 +11,17 @@ from pathlib import Path
 import pytest
 
 from qmqp.sink import running_sink
-from tests.acceptance.stack import ROOT, STARTING, StartUp, Up, command, processes_of
-from tests.services import free_port
+from tests.acceptance.stack import (
+    ROOT,
+    STARTING,
+    StartUp,
+    Up,
+    command,
+    processes_of,
+    relay_environ,
+)
+from tests.certificates import Authority
+from tests.services import end, free_port, spawn
 from tests.waiting import until
 
 
@@ -74,6 +84,42 @@ def paste(word: str, up: Up, directory: Path) -> None:
         line, shell=True, cwd=directory, capture_output=True, text=True, timeout=30, check=False
     )
     assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
+
+
+def test_sighup_renews_the_certificate_and_stops_nothing(start_up: StartUp, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    certificate, key = authority.sign("localhost").write(tmp_path / "tls")
+    port = free_port()
+    up = start_up(
+        TLS_CERTIFICATE=str(certificate),
+        TLS_KEY=str(key),
+        SMTP_LISTEN=f"127.0.0.1:{port}/tls",
+    )
+    os.kill(up.pid, signal.SIGHUP)
+    until(lambda: "certificate loaded" in up.log_text(), 20, what=up.log_text)
+    with smtplib.SMTP_SSL("localhost", port, context=authority.client_context()) as client:
+        client.sendmail("a@example.com", ["b@example.org"], b"Subject: x\r\n\r\n")
+    assert len(processes_of(up.state_dir)) == 5
+    assert up.end(signal.SIGTERM) == 0
+
+
+def test_sighup_stops_it_when_its_terminal_has_been_closed(tmp_path: Path) -> None:
+    up = Up(tmp_path / "var")
+    terminal, end_of_terminal = os.openpty()
+    process = spawn(
+        [sys.executable, "-m", "commands.cli.main", "up"],
+        env=relay_environ(**up.settings),
+        stdout=end_of_terminal,
+        stderr=end_of_terminal,
+        cwd=ROOT,
+    )
+    os.close(end_of_terminal)
+    text = b""
+    while b"Ctrl-C to stop" not in text:
+        text += os.read(terminal, 65536)
+    os.close(terminal)
+    assert end(process, signal.SIGHUP) == 0
+    assert processes_of(up.state_dir) == []
 
 
 def test_the_next_start_delivers_the_mail_of_a_killed_one(start_up: StartUp) -> None:

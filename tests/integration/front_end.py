@@ -5,21 +5,25 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import uvloop
 
+from reception.authentication import FAILURE_DELAY, Authenticator
 from reception.receiver import DiskThreads, Receiver
 from reception.server import Door, FrontEnd
 from reception.spooler import Spooler
 from reception.spooler_client import SpoolerClient
+from relay.listeners import Listener, parse_listen
 from relay.queue.accept import EncodedMessage, NewMessage, NewRecipient, SegmentSpan
 from relay.settings import SmtpdSettings
 from relay.spool.journal.directory import JournalDirectory, SegmentFile
 from relay.spool.journal.format import Place
 from relay.spool.journal.reader import JournalReader
 from relay.spool.store import Spool
+from relay.tls import certificate_pair
 from tests.bodies import body_in
 from tests.waiting import until
 
@@ -106,13 +110,20 @@ class ServerHarness:
         settings: SmtpdSettings,
         bodies_at_once: int,
         door: Callable[[SmtpdSettings], Door],
+        listener: Listener = Listener("127.0.0.1", 0),  # noqa: B008 - it is immutable
+        new_loop: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
+        *,
+        failure_delay: float = FAILURE_DELAY,
     ) -> None:
+        self.failure_delay = failure_delay
+        self.listener = listener
+        self.certificate = certificate_pair(settings, settings.tls_client_ca)
         self.door = door(settings)
         self.policy = self.door.policy
         self.spool, self.settings, self.bodies_at_once = spool, settings, bodies_at_once
         self.database = FakeDatabase()
         self.hints: list[str] = []
-        self.loop = uvloop.new_event_loop()
+        self.loop = new_loop()
         self._ready, self._stop = threading.Event(), asyncio.Event()
         self.drain = 0.0
         self._thread = threading.Thread(target=self._run)
@@ -140,12 +151,19 @@ class ServerHarness:
             asyncio.Semaphore(self.bodies_at_once),
         )
         self.server = FrontEnd(
-            self.loop, self.settings, self.receiver, lambda: self.settings.max_message_size
+            self.loop,
+            self.settings,
+            self.receiver,
+            lambda: self.settings.max_message_size,
+            Authenticator(self.loop, self.settings.database_url, failure_delay=self.failure_delay),
+            certificate=self.certificate,
         )
-        [(self.host, self.port)] = await self.server.listen(self.door, [("127.0.0.1", 0)])
+        [address] = await self.server.listen(self.door, [self.listener])
+        self.host, self.port = parse_listen(address.partition("/")[0])
         self._ready.set()
         await self._stop.wait()
         await self.server.stop(self.drain)
+        await self.server.authenticator.close()
         self.database.gate.set()
         await self.spooler.close(10.0)
         await self.loop.run_in_executor(None, self.receiver.threads.close, 10.0)
@@ -170,7 +188,7 @@ class ServerHarness:
         self.loop.call_soon_threadsafe(self._stop.set)
 
     def close(self) -> None:
-        if self._thread.is_alive():
+        with suppress(RuntimeError):  # the loop has been closed since `ask_to_stop`
             self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(30)
         assert not self._thread.is_alive()

@@ -70,6 +70,7 @@ def test_every_field_of_a_message_is_kept(queue: QueueHarness) -> None:
         dsn_of=about,
         client_trusted=False,
         dsn_content="header",
+        tls="TLSv1.3 TLS_AES_256_GCM_SHA384",
     )
     message.recipients[0] = message.recipients[0]._replace(
         notify="FAILURE,DELAY", orcpt="rfc822;zoe@example.org"
@@ -98,6 +99,7 @@ def test_every_field_of_a_message_is_kept(queue: QueueHarness) -> None:
         about,
     )
     assert (row["client_trusted"], row["dsn_content"]) == (False, "header")
+    assert row["tls"] == "TLSv1.3 TLS_AES_256_GCM_SHA384"
     assert 0 <= row["ago"] < 60
     sql = "SELECT * FROM recipients WHERE queue_id = @id(:id) ORDER BY position"
     fields = ("position", "address", "delivery", "notify", "orcpt")

@@ -13,6 +13,8 @@ import pytest
 from commands.web import app as web
 from relay.db import engine as database
 from relay.settings import Settings, load
+from relay.tls import CertificatePair
+from tests.certificates import Authority
 from tests.waiting import until
 
 TIMEOUT = 1.0
@@ -33,6 +35,39 @@ def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         thread.join(10)
         assert not server.server_state.connections
     engine.dispose()
+
+
+def test_the_page_is_served_over_tls_with_the_renewed_certificate(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    certificate, key = authority.sign("127.0.0.1").write(tmp_path / "tls")
+    settings = load(Settings, tls_certificate=certificate, tls_key=key)
+    pair = CertificatePair(settings)
+    engine = database.connect(f"sqlite:///{tmp_path}/empty.db")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = web.server(engine, settings, pair)
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        until(lambda: server.started)
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}/style.css"
+        served = [_page_certificate(url, authority)]
+        authority.sign("127.0.0.1").write(tmp_path / "tls")
+        pair.reload()
+        served.append(_page_certificate(url, authority))
+        assert served[0] != served[1]
+        server.should_exit = True
+        thread.join(10)
+    engine.dispose()
+
+
+def _page_certificate(url: str, authority: Authority) -> bytes:
+    with urllib.request.urlopen(url, context=authority.client_context()) as answer:
+        assert answer.status == 200
+    host, port = url.split("/")[2].split(":")
+    with (
+        socket.create_connection((host, int(port))) as plain,
+        authority.client_context().wrap_socket(plain, server_hostname=host) as tls,
+    ):
+        return tls.getpeercert(binary_form=True) or b""
 
 
 ANSWERED = b"GET /style.css HTTP/1.1\r\nHost: localhost\r\n\r\n"

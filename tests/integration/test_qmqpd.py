@@ -23,6 +23,7 @@ from qmqpd.server import QmqpConnection
 from reception.policy import Policy, qmqp_networks
 from reception.receiver import BLOCK, MAX_BUFFERED
 from reception.server import Door, FrontEnd
+from relay.listeners import Listener
 from relay.queue.accept import NewMessage
 from relay.settings import SmtpdSettings, load
 from relay.spool.store import BodyWriter, Spool
@@ -64,6 +65,7 @@ def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., ServerHarness]]:
     running: list[ServerHarness] = []
 
     def start(bodies_at_once: int = 100, **settings: Any) -> ServerHarness:
+        how = {name: settings.pop(name) for name in ("listener", "new_loop") if name in settings}
         made = load(
             SmtpdSettings,
             state_dir=tmp_path,
@@ -71,7 +73,7 @@ def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., ServerHarness]]:
             hostname="relay.example",
             **{"qmqp_client_networks": ("127.0.0.1",), **settings},
         )
-        running.append(ServerHarness(spool, made, bodies_at_once, qmqp_door))
+        running.append(ServerHarness(spool, made, bodies_at_once, qmqp_door, **how))
         return running[-1]
 
     yield start
@@ -230,6 +232,32 @@ def test_the_probe_knows_this_door(run: Callable[..., ServerHarness], allowed: b
     assert (result.family, result.allowed) == ("qmqp-relay", allowed)
     nothing_left(running)
     assert running.database.messages == []
+
+
+def test_behind_a_balancer_the_header_names_the_client(run: Callable[..., ServerHarness]) -> None:
+    running = run(
+        listener=Listener("127.0.0.1", 0, proxy=True),
+        proxy_networks="127.0.0.1",
+        qmqp_client_networks=("192.0.2.1",),
+    )
+    header = b"PROXY TCP4 192.0.2.%d 198.51.100.1 40000 628\r\n"
+    with talking(running) as client:
+        client.send(header % 1 + wire_of(b"body\n"))
+        assert status(client.reply()).startswith(b"K")
+    with talking(running) as client:
+        client.send(header % 2)
+        assert status(client.reply()).startswith(b"Z")
+    [message] = running.database.messages
+    assert message.client_address == "192.0.2.1"
+
+
+def test_past_a_rate_limit_z(run: Callable[..., ServerHarness]) -> None:
+    running = run(rate_limits="client-messages=1")
+    for expected in (b"K", b"ZToo many messages a minute from your address"):
+        with talking(running) as client:
+            client.send(wire_of(b"body\n"))
+            assert status(client.reply()).startswith(expected)
+    assert len(running.database.messages) == 1
 
 
 def test_what_follows_a_reply_is_not_read_for_ever(run: Callable[..., ServerHarness]) -> None:

@@ -79,6 +79,8 @@ def test_migration_makes_a_role_that_only_reads(
             "UPDATE deliveries SET pending_operation = 'drop'",
             "CREATE TABLE mine (x int)",
             "INSERT INTO spool (id, created_at) VALUES (gen_random_uuid(), now())",
+            "SELECT password_hash FROM users",
+            "SELECT * FROM users",
         ):
             with pytest.raises(InsufficientPrivilege):
                 ann.execute(change.encode())
@@ -94,6 +96,12 @@ def test_migration_without_privileges_works_without_the_role(cluster: Cluster) -
     assert [(one["event"], one["role"]) for one in logs] == [("no read-only role", ROLE)]
     cluster.do(BY_HAND)
     assert cluster.may_look(ROLE)
+    reads = f"SELECT has_column_privilege('{ROLE}', 'users', %s, 'SELECT')"
+    readable = {
+        column.name: cluster.administrator.execute(reads, (column.name,)).fetchone() == (True,)
+        for column in metadata.tables["users"].columns
+    }
+    assert [name for name, allowed in readable.items() if not allowed] == ["password_hash"]
 
 
 def test_existing_role_is_used_and_outlives_a_schema(cluster: Cluster) -> None:

@@ -11,10 +11,12 @@ from typing import Any, cast
 import pytest
 
 from qmqp.client import SendOutcome
+from reception.authentication import Authenticator
 from reception.policy import Policy
 from reception.server import Door, FrontEnd
 from reception.spooler_client import SpoolerClient
 from relay import routes as module
+from relay.listeners import Listener, parse_listen
 from relay.routes import Route, Routes
 from relay.settings import SmtpdSettings, load
 from smtpd.main import offered_size
@@ -70,8 +72,10 @@ def test_C13_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyP
             settings,
             cast(Any, receiver),
             lambda: offered_size(settings.max_message_size, routes),
+            Authenticator(asyncio.get_running_loop(), settings.database_url),
         )
-        [(_, port)] = await server.listen(smtp, [("127.0.0.1", 0)])
+        [address] = await server.listen(smtp, [Listener("127.0.0.1", 0)])
+        port = parse_listen(address)[1]
         hello, big, fits = await say(
             port,
             "EHLO client",

@@ -37,6 +37,7 @@ from reception.receiver import BLOCK, MAX_BUFFERED
 from reception.server import LATE_TICK, Door, FrontEnd
 from reception.space import MIN_FREE
 from relay.db.engine import connect, reading, writing
+from relay.listeners import Listener
 from relay.queue.accept import NewMessage
 from relay.settings import SettingsError, SmtpdSettings, load
 from relay.spool.journal.directory import SegmentFile
@@ -115,6 +116,7 @@ def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., SmtpHarness]]:
     running: list[SmtpHarness] = []
 
     def start(bodies_at_once: int = 100, **settings: Any) -> SmtpHarness:
+        how = {name: settings.pop(name) for name in ("listener", "new_loop") if name in settings}
         made = load(
             SmtpdSettings,
             state_dir=tmp_path,
@@ -122,7 +124,7 @@ def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., SmtpHarness]]:
             hostname="relay.example",
             **settings,
         )
-        running.append(SmtpHarness(spool, made, bodies_at_once, smtp_door))
+        running.append(SmtpHarness(spool, made, bodies_at_once, smtp_door, **how))
         return running[-1]
 
     yield start
@@ -990,7 +992,7 @@ def test_stopping_does_not_wait_for_ever(run: Callable[..., SmtpHarness]) -> Non
 def test_a_taken_port_names_the_address_and_the_setting(run: Callable[..., SmtpHarness]) -> None:
     running = run()
     listening = asyncio.run_coroutine_threadsafe(
-        running.server.listen(running.door, [(running.host, running.port)]), running.loop
+        running.server.listen(running.door, [Listener(running.host, running.port)]), running.loop
     )
     with pytest.raises(SettingsError, match=rf"{running.host}:{running.port}.*RELAY_SMTP_LISTEN"):
         listening.result(10)
@@ -998,6 +1000,7 @@ def test_a_taken_port_names_the_address_and_the_setting(run: Callable[..., SmtpH
 
 PROGRAM = """
 from relay.log import configure
+from relay.listeners import Listener
 from relay.settings import SmtpdSettings, load
 from smtpd.main import run
 settings = load(SmtpdSettings)

@@ -116,6 +116,7 @@ EXAMPLES: dict[str, Any] = {
     "longest": 3600.0,
     "mark": 5,
     "matched": 3,
+    "messages_per_minute": 60,
     "messages": json.dumps(
         [
             {
@@ -132,9 +133,12 @@ EXAMPLES: dict[str, Any] = {
     ),
     "most": 100,
     "sends_dsns": True,
+    "user": "ann",
+    "names": json.dumps(["ann", "bob"]),
     "number": 1,
     "numbers": json.dumps([1]),
     "parent": 1,
+    "password_hash": "$argon2id$",
     "pid": 1,
     "poison": 4,
     "positions": json.dumps([1, 2]),
@@ -144,10 +148,12 @@ EXAMPLES: dict[str, Any] = {
     "reply": "Dno such user",
     "retention": 0.0,
     "retries": 50,
+    "role": "sender",
     "root": 1,
     "route": "default",
     "routes": json.dumps(["default", "other"]),
     "sender": "a@example.com",
+    "senders": json.dumps(["*@example.com"]),
     "seconds": 3600,
     "server": "192.0.2.1:628",
     "since": IDS[0],
@@ -189,6 +195,7 @@ OWN_EXAMPLES: dict[str, dict[str, Any]] = {
     "relay.dsn.generator": {"id": IDS[2 * list(State).index(State.BOUNCED)]},
     "relay.queue.claim": {"id": IDS[2 * list(State).index(State.SPLIT)]},
     "relay.spool.segments": {"segment": "00000000-0000-7000-8000-0000000000f3"},
+    "relay.users": {"user": "bob"},
     "relay.queue.split": {"id": IDS[2 * list(State).index(State.HELD)]},
 }
 
@@ -272,6 +279,12 @@ def _fill(engine: Engine, connection: Connection, after: str) -> None:
     run("INSERT INTO open_circuits VALUES (:worker, 'mx:628', 'why')", worker=WORKER)
     run("INSERT INTO spool (id, created_at) VALUES (:id, after(-100))", id=SEGMENT)
     run("INSERT INTO segments (id, committed_to) VALUES (:id, 4096)", id=SEGMENT)
+    for user, disabled in (("ann", "after(-9)"), ("bob", "NULL")):
+        run(
+            "INSERT INTO users VALUES (:user, '$argon2id$', 'sender', '[\"*\"]', NULL,"
+            f" after(-99), {disabled}, NULL)",
+            user=user,
+        )
     run("INSERT INTO dsn_limits VALUES ('a@example.com', after(-100))")
     run(
         "INSERT INTO audit VALUES (:action, after(0), 'me', 'hold', 'why', '--all', 1)",

@@ -17,6 +17,8 @@ from relay.db import engine as database
 from relay.metrics import QueueMetrics, serve
 from relay.settings import Settings
 from relay.spool.store import Spool
+from relay.tls import CertificatePair
+from tests.certificates import Authority
 from tests.waiting import until
 
 
@@ -117,6 +119,33 @@ def test_metrics_are_served_on_the_first_free_address(queue: QueueMetrics, free_
         stop_first()
         stop_second()
     serve(settings, queue)()  # both can be had again
+
+
+def test_metrics_beyond_loopback_are_served_over_tls(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_port
+):
+    authority = Authority(tmp_path)
+    certificate, key = authority.sign("127.0.0.1").write(tmp_path / "tls")
+    port = free_port()
+    settings = Settings(
+        metrics_listen=(("127.0.0.1", port),), tls_certificate=certificate, tls_key=key
+    )
+    pair = CertificatePair(settings)
+    monkeypatch.setattr(metrics, "is_loopback", lambda _host: False)
+    monkeypatch.setattr(metrics_server, "TIMEOUT", 1.0)
+    before = threading.active_count()
+    stop = serve(settings, tls_context=lambda: pair.context)
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as silent:
+            url = f"https://127.0.0.1:{port}/metrics"
+            with urllib.request.urlopen(url, context=authority.client_context()) as answer:
+                assert b"relay_accept_seconds_count" in answer.read()
+            with pytest.raises(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics")
+            assert silent.recv(1) == b"", "a handshake has the time of a request"
+        until(lambda: threading.active_count() == before + 1)
+    finally:
+        stop()
 
 
 def test_unfinished_requests_are_bounded_and_closed(monkeypatch: pytest.MonkeyPatch, free_port):

@@ -168,13 +168,13 @@ def test_C22_no_space_is_452_at_mail_and_measured_once_a_second(
     monkeypatch.setattr(os, "statvfs", statvfs)
     monkeypatch.setattr("reception.space.time.monotonic", lambda: now)
     sender = client(tmp_path, "127.0.0.1")
-    assert refusal(sender.check_sender, 1000) is None
-    assert (refusal(sender.check_sender, 1001) or "").startswith("452 4.3.1")
+    assert refusal(sender.check_sender, "", 1000) is None
+    assert (refusal(sender.check_sender, "", 1001) or "").startswith("452 4.3.1")
     free = 0
-    assert refusal(sender.check_sender, 0) is None
+    assert refusal(sender.check_sender, "", 0) is None
     assert asked == 1
     now += 1.0
-    assert (refusal(sender.check_sender, 0) or "").startswith("452 4.3.1")
+    assert (refusal(sender.check_sender, "", 0) or "").startswith("452 4.3.1")
     assert asked == 2
 
 

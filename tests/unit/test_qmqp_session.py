@@ -27,7 +27,10 @@ ADDRESSES = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_s
 class FullDisk:
     """A policy without room for a message of more than 4,000 octets."""
 
-    def check_sender(self, size: int) -> None:
+    def check_rate(self, what: str, sender: str = "", user: str | None = None) -> None:
+        """No limits."""
+
+    def check_sender(self, sender: str, size: int) -> None:
         if size > 4000:
             raise Refused("452 4.3.1 Insufficient system storage")
 

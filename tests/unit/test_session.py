@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from reception.envelope import Recipient, Refused
 from reception.events import DataComplete, DataReceived, Event, MailStarted, Refusal
+from reception.login import Login
 from reception.policy import ClientPolicy
 from smtpd.session import (
     COMMAND_LIMIT,
     ENDLESS,
     ERROR_LIMIT,
     FREE_COMMANDS,
+    FREE_ERRORS,
     LINE_LIMIT,
     TARPIT,
     TURN,
@@ -32,9 +34,22 @@ class FakePolicy:
     def __init__(self, *, trusted: bool = False) -> None:
         self.trusted = self.strips_cr = trusted
         self.accepts_all = False
+        self.counted: list[tuple[str, str, str | None]] = []
+        self.plaintext_auth = False
+        self.login: Login | None = None
 
-    def check_sender(self, size: int) -> None:
+    def as_user(self, login: Login) -> "FakePolicy":
+        policy = FakePolicy(trusted=True)
+        policy.login = login
+        return policy
+
+    def check_sender(self, sender: str, size: int) -> None:
         assert size <= 1000
+        if self.login is not None:
+            self.login.begin_message(sender)
+
+    def check_rate(self, what: str, sender: str = "", user: str | None = None) -> None:
+        self.counted.append((what, sender, user))
 
     def check_recipient(self, recipient: Recipient, accepted: int) -> None:
         if recipient.domain == "denied":
@@ -233,6 +248,14 @@ def test_a_message_with_its_envelope() -> None:
     assert dialogue.events[-1] == DataComplete("<m@i>")
     assert dialogue.reply("250 2.0.0 Ok: queued as 1") == b"250 2.0.0 Ok: queued as 1\r\n"
     assert dialogue.session.idle
+
+
+def test_nobody_sends_mail_without_authentication_where_it_is_required() -> None:
+    dialogue = Dialogue(trusted=True)
+    dialogue.session.auth_required = True
+    assert codes(dialogue.send(EHLO, MAIL, RCPT)) == [b"250 DSN", b"530 5.7.0", b"503 5.5.1"]
+    dialogue.session.user = "ann"
+    assert codes(dialogue.send(MAIL, RCPT)) == [b"250 2.1.0", b"250 2.1.5"]
 
 
 def test_helo_is_plain_smtp() -> None:
@@ -502,14 +525,14 @@ def test_C27_tls_and_http_close_the_session(garbage: bytes) -> None:
 
 
 def test_C27_too_many_errors() -> None:
-    dialogue = Dialogue()
+    dialogue = Dialogue(trusted=True)
     replies = dialogue.send(b"\x00\x01\r\n" * 1000)
     assert codes(replies) == [b"500 5.5.2"] * ERROR_LIMIT + [b"421 4.7.0"]
     assert dialogue.session.closed
 
 
 def test_an_accepted_message_resets_the_error_count() -> None:
-    dialogue = Dialogue()
+    dialogue = Dialogue(trusted=True)
     dialogue.send(EHLO)
     for _ in range(3):
         dialogue.send(b"FOO\r\n" * (ERROR_LIMIT - 1), MAIL + RCPT + DATA, b".\r\n")
@@ -518,6 +541,38 @@ def test_an_accepted_message_resets_the_error_count() -> None:
     dialogue.send(b"FOO\r\n" * (ERROR_LIMIT - 1), MAIL + RCPT + DATA, b".\r\n")
     dialogue.reply("451 4.3.0 Later")
     assert codes(dialogue.send(b"FOO\r\n")) == [b"500 5.5.2", b"421 4.7.0"]
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_errors_of_an_untrusted_client_are_tarpitted(trusted: bool) -> None:
+    dialogue = Dialogue(trusted=trusted)
+    pauses = []
+    while not dialogue.session.closed:
+        dialogue.send(b"FOO\r\n")
+        pauses.append(dialogue.pause())
+        if dialogue.pause() is not None:
+            assert dialogue.send(b"NOOP\r\n") == b"", "input waits"
+            dialogue.resume()
+    slow = 0 if trusted else ERROR_LIMIT - FREE_ERRORS - 1
+    assert pauses == [None] * FREE_ERRORS + [None if trusted else TARPIT] * (
+        ERROR_LIMIT - FREE_ERRORS - 1
+    ) + [None]
+    assert pauses.count(TARPIT) == slow
+
+
+def test_temporary_refusals_are_not_tarpitted() -> None:
+    dialogue = Dialogue()
+    dialogue.send(EHLO, MAIL, *(b"RCPT TO:<c%d@d>\r\n" % n for n in range(3 + 2 * ERROR_LIMIT)))
+    assert dialogue.pause() is None
+
+
+def test_messages_and_recipients_are_counted_with_sender_and_user() -> None:
+    dialogue = Dialogue()
+    dialogue.session.user = "ann"
+    dialogue.send(EHLO, MAIL, RCPT, RCPT, b"RCPT TO:<x@denied>\r\n", b"RCPT TO:<e@d>\r\n")
+    sent = ("a@b", "ann")
+    what = [count for count, *subjects in dialogue.policy.counted if tuple(subjects) == sent]
+    assert what == ["messages", "recipients", "recipients"]
 
 
 def test_a_health_check_is_not_refused() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay import settings as module
+from relay.listeners import Listener, parse_listen
 from relay.settings import (
     ROLES,
     Settings,
@@ -19,7 +20,6 @@ from relay.settings import (
     WorkerSettings,
     load,
     names,
-    parse_listen,
     redacted,
     seconds,
     size,
@@ -48,7 +48,7 @@ def test_every_default_is_valid() -> None:
 
 def test_defaults_are_those_of_the_design() -> None:
     smtpd, worker = load(SmtpdSettings), load(WorkerSettings)
-    assert smtpd.smtp_listen == (("127.0.0.1", 2525),)
+    assert smtpd.smtp_listen == (Listener("127.0.0.1", 2525),)
     assert smtpd.client_networks == ("127.0.0.0/8", "::1")
     assert (smtpd.qmqp_listen, smtpd.qmqp_client_networks) == ((), ("127.0.0.0/8", "::1"))
     assert (smtpd.max_message_size, smtpd.max_recipients, smtpd.max_connections) == (
@@ -82,7 +82,7 @@ def test_defaults_are_those_of_the_design() -> None:
 def test_settings_are_read_from_the_environment(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("RELAY_STATE_DIR", "/var/lib/relay")
     environment.setenv("RELAY_QMQP_SERVERS", "a, b:629,[::1]:628\n unix:/run/q")
-    environment.setenv("RELAY_SMTP_LISTEN", "0.0.0.0:25,[::]:25")
+    environment.setenv("RELAY_SMTP_LISTEN", "0.0.0.0:25,[::]:25/auth")
     environment.setenv("RELAY_MAX_MESSAGE_SIZE", "10M")
     environment.setenv("RELAY_QUEUE_LIFETIME", "2d")
     environment.setenv("RELAY_CLIENT_NETWORKS", "10.0.0.0/8 192.168.0.0/16")
@@ -91,7 +91,7 @@ def test_settings_are_read_from_the_environment(environment: pytest.MonkeyPatch)
     found = load(SmtpdSettings)
     assert found.database_url == "sqlite:////var/lib/relay/relay.db"
     assert found.qmqp_servers == ("a", "b:629", "[::1]:628", "unix:/run/q")
-    assert found.smtp_listen == (("0.0.0.0", 25), ("::", 25))
+    assert found.smtp_listen == (Listener("0.0.0.0", 25), Listener("::", 25, auth=True))
     assert (found.max_message_size, found.queue_lifetime, found.metrics_listen) == (
         10 << 20,
         172800.0,
