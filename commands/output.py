@@ -1,7 +1,8 @@
 """How rows are printed: a table on a terminal, tab-separated text in a pipe, NDJSON with --json.
 
 Rows are printed as they come: a table takes its widths from the first SAMPLE rows. Only the table
-shortens values. What must stay true: no text of a peer controls the terminal.
+shortens values. A time has its zone: UTC, or within `local_times` that of this machine. What must
+stay true: no text of a peer controls the terminal.
 """
 
 import functools
@@ -9,6 +10,8 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from itertools import chain, islice
 
@@ -19,6 +22,7 @@ SAMPLE = 200
 OPTIONAL = ("SIZE", "SENDER")  # columns that a narrow terminal omits, in this order
 # The last column goes below the others if it would have fewer columns than this, and needs more.
 MIN_LAST = 20
+_LOCAL = ContextVar("local times", default=False)
 BATCH = 50  # rows of a table written at once: a write costs more than a row
 
 
@@ -75,9 +79,23 @@ def due(when: datetime | None) -> str:
     return f"{text} late" if text and not text.startswith("in ") else text
 
 
+@contextmanager
+def local_times(wanted: bool) -> Iterator[None]:
+    """Within it times for people have the zone of this machine, if that is wanted."""
+    before = _LOCAL.set(wanted)
+    try:
+        yield
+    finally:
+        _LOCAL.reset(before)
+
+
 def stamp(when: datetime | None) -> str:
-    """A time in the local zone, to the second; empty for None."""
-    return when.astimezone().strftime("%Y-%m-%d %H:%M:%S") if when else ""
+    """A time to the second with its zone: `2026-11-22 19:49:00Z`, or local as
+    `2026-11-22 20:49:00+01:00`; empty for None."""
+    if when is None:
+        return ""
+    zoned = when.astimezone(None if _LOCAL.get() else UTC)
+    return zoned.isoformat(" ", "seconds").replace("+00:00", "Z")
 
 
 def plain(text: str) -> str:

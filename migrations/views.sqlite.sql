@@ -19,14 +19,14 @@ SELECT replace(d.queue_id, '-', '') AS queue_id, d.queue_id AS queue_uuid,
     r.position, d.number AS delivery, d.state, m.sender, r.address AS recipient, m.size, d.route,
     d.claim_count AS attempts, d.last_outcome, d.last_reply AS reason, d.last_server AS server,
     datetime(m.received_at / 1000000, 'unixepoch') || '.' || substr(m.received_at / 1000, -3)
-        AS received_at,
+        || '+00:00' AS received_at,
     CASE WHEN d.state IN ('queued', 'deferred')
         THEN datetime(d.due_at / 1000000, 'unixepoch') || '.' || substr(d.due_at / 1000, -3)
-            END AS next_at,
+        || '+00:00' END AS next_at,
     datetime(d.expires_at / 1000000, 'unixepoch') || '.' || substr(d.expires_at / 1000, -3)
-        AS expires_at,
+        || '+00:00' AS expires_at,
     datetime(d.finished_at / 1000000, 'unixepoch') || '.' || substr(d.finished_at / 1000, -3)
-        AS finished_at,
+        || '+00:00' AS finished_at,
     d.worker, d.pending_operation, m.client_address, m.helo, m.protocol, m.header_message_id,
     replace(m.dsn_of, '-', '') AS dsn_of
 FROM deliveries d
@@ -38,14 +38,14 @@ SELECT replace(d.queue_id, '-', '') AS queue_id, d.queue_id AS queue_uuid,
     r.position, d.number AS delivery, d.state, m.sender, r.address AS recipient, m.size, d.route,
     d.claim_count AS attempts, d.last_outcome, d.last_reply AS reason, d.last_server AS server,
     datetime(m.received_at / 1000000, 'unixepoch') || '.' || substr(m.received_at / 1000, -3)
-        AS received_at,
+        || '+00:00' AS received_at,
     CASE WHEN d.state IN ('queued', 'deferred')
         THEN datetime(d.due_at / 1000000, 'unixepoch') || '.' || substr(d.due_at / 1000, -3)
-            END AS next_at,
+        || '+00:00' END AS next_at,
     datetime(d.expires_at / 1000000, 'unixepoch') || '.' || substr(d.expires_at / 1000, -3)
-        AS expires_at,
+        || '+00:00' AS expires_at,
     datetime(d.finished_at / 1000000, 'unixepoch') || '.' || substr(d.finished_at / 1000, -3)
-        AS finished_at,
+        || '+00:00' AS finished_at,
     d.worker, d.pending_operation, m.client_address, m.helo, m.protocol, m.header_message_id,
     replace(m.dsn_of, '-', '') AS dsn_of
 FROM deliveries d
@@ -56,7 +56,8 @@ JOIN messages m ON m.id = d.queue_id;
 CREATE VIEW queue_summary AS
 SELECT d.state, d.route, count(*) AS deliveries, CAST(sum(m.size) AS bigint) AS bytes,
     datetime(min(m.received_at) / 1000000, 'unixepoch') || '.'
-        || substr(min(m.received_at) / 1000, -3) AS oldest_at,
+        || substr(min(m.received_at) / 1000, -3)
+        || '+00:00' AS oldest_at,
     ((SELECT now FROM clock) - min(m.received_at)) / 1000000.0 AS oldest_seconds,
     sum(CASE WHEN d.state <> 'held' AND d.due_at < (SELECT now FROM clock) THEN 1 ELSE 0 END)
         AS overdue
@@ -77,9 +78,10 @@ SELECT server, count(outcome) AS attempts,
     sum(CASE WHEN outcome = 'interrupted' THEN 1 ELSE 0 END) AS interrupted,
     coalesce(sum(bytes_sent), 0) AS bytes_sent,
     datetime(max(finished_at) / 1000000, 'unixepoch') || '.' || substr(max(finished_at) / 1000, -3)
-        AS last_at,
+        || '+00:00' AS last_at,
     count(why) AS circuit_open_workers, max(why) AS circuit_open_reason,
-    datetime(max(since) / 1000000, 'unixepoch') || '.' || substr(max(since) / 1000, -3) AS paused_at
+    datetime(max(since) / 1000000, 'unixepoch') || '.' || substr(max(since) / 1000, -3)
+        || '+00:00' AS paused_at
 FROM (
     SELECT server, outcome, bytes_sent, finished_at, CASE WHEN 1 = 0 THEN reply END AS why,
         CASE WHEN 1 = 0 THEN finished_at END AS since

@@ -131,7 +131,7 @@ def configure(settings: Settings) -> None:
     before += (
         [
             structlog.stdlib.add_log_level,
-            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+            structlog.processors.TimeStamper(fmt="%H:%M:%SZ", utc=True),
         ]
         if terminal
         else [_stamp]

@@ -131,6 +131,9 @@ Watch = Annotated[
     float | None,
     typer.Option(min=0.2, metavar="SECONDS", help="Repeat at this interval until Ctrl-C."),
 ]
+Local = Annotated[
+    bool, typer.Option("--local", help="Times in the zone of this machine; without it in UTC.")
+]
 Reason = Annotated[
     str, typer.Option(help="Why you do it. It is recorded with your name and the time.")
 ]
@@ -171,20 +174,24 @@ def list_(
 
 
 @command(queue)
-def show(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> int:
+def show(queue_id: Id, watch: Watch = None, local: Local = False, json_lines: Json = False) -> int:
     """Show everything about a message. Prints envelope, deliveries, and every attempt with its
     reply."""
     from commands.ops.show import show_message, watched
+    from commands.output import local_times
 
-    return watched(watch, lambda: show_message(queue_id, json_lines=json_lines))
+    with local_times(local):
+        return watched(watch, lambda: show_message(queue_id, json_lines=json_lines))
 
 
 @command(queue)
-def why(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> int:
+def why(queue_id: Id, watch: Watch = None, local: Local = False, json_lines: Json = False) -> int:
     """Say why a message is not being sent now, and when it will be."""
     from commands.ops.show import show_why, watched
+    from commands.output import local_times
 
-    return watched(watch, lambda: show_why(queue_id, json_lines=json_lines))
+    with local_times(local):
+        return watched(watch, lambda: show_why(queue_id, json_lines=json_lines))
 
 
 @command(queue)
@@ -204,11 +211,13 @@ def body(queue_id: Id) -> int:
 
 
 @command(queue)
-def stats(watch: Watch = None, json_lines: Json = False) -> int:
+def stats(watch: Watch = None, local: Local = False, json_lines: Json = False) -> int:
     """Count the queue by state and age. Also prints workers, servers, rates and slow attempts."""
     from commands.ops.show import show_stats, watched
+    from commands.output import local_times
 
-    return watched(watch, lambda: show_stats(json_lines=json_lines))
+    with local_times(local):
+        return watched(watch, lambda: show_stats(json_lines=json_lines))
 
 
 def _operation(name: str, help_: str, *omitted: str) -> None:

@@ -211,7 +211,7 @@ class Pages:
             "rate": charts.rate(now, steps, STEP, STEPS),
             "latency": charts.latency(now, steps, STEP, STEPS),
             "hours": charts.hourly(now, steps, STEP, STEPS),
-            "at": time.strftime("%H:%M:%S"),
+            "at": stamp(now),
         }
 
     def search(self, request: Request) -> Response:

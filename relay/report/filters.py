@@ -31,7 +31,7 @@ SPELLINGS = {
         "~<~",
         r"""to_char({} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24\:MI\:SS.MS"+00\:00"')""",
     ),
-    "sqlite": Spelling("LIKE", ">=", "<", r"replace({}, ' ', 'T') || '+00\:00'"),
+    "sqlite": Spelling("LIKE", ">=", "<", "replace({}, ' ', 'T')"),
 }
 # The column of `mail_history` for each field of a filter that is one text.
 _COLUMNS = {

@@ -68,7 +68,7 @@ def _moment(value: datetime | str | int) -> datetime:
     if isinstance(value, int):
         return _EPOCH + timedelta(microseconds=value)
     if isinstance(value, str):
-        return datetime.fromisoformat(value).replace(tzinfo=UTC)
+        return datetime.fromisoformat(value)
     return value.astimezone(UTC)
 
 

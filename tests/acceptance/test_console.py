@@ -271,8 +271,8 @@ def test_why_explains_every_state(console: Console) -> None:
         "delivered": r"delivered \w+ ago to qmqp\.example\.net:628 \(try 1\): its words",
         "dropped": r"dropped by .*here: .*, \w+ ago; no DSN is sent",
         "deferred": (
-            r"deferred(, and overdue for .*| until [-:0-9 ]+ \(in .*\)), because .* \(try 1\)\."
-            r" If it still fails after [-:0-9 ]+ it expires, (and the sender is told|without a DSN)"
+            r"deferred(, and overdue for .*| until [-:0-9 ]+Z \(in .*\)), because .* \(try 1\)\."
+            r" If it still fails after [-:0-9 ]+Z it expires, (and the sender is told|without a DSN)"
         ),
         "expired": (
             r"expired \w+ ago, because qmqp\.example\.net:628 deferred it: 451 still busy; (its"

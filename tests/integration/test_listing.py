@@ -7,6 +7,7 @@ import json
 import os
 import re
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from datetime import datetime
@@ -263,6 +264,23 @@ def test_server_filter_takes_the_spelling_of_pause(queue: QueueHarness, typed: T
         ]
     typed("list", "--server", "127.0.0.1:629", status=1)
     assert "bad QMQP server" in typed("list", "--server", "host:port", status=2).output
+
+
+def test_times_are_utc_unless_local_ones_are_wanted(
+    queue: QueueHarness, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue_id = queue.accept()
+    monkeypatch.setenv("TZ", "Etc/GMT-2")
+    time.tzset()
+    try:
+        shown = {local: typed("show", queue_id, *local).stdout for local in ((), ("--local",))}
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert re.search(r"received: [-\d]+ [:\d]+Z ", shown[()])
+    assert re.search(r"received: [-\d]+ [:\d]+\+02:00 ", shown["--local",])
+    (row,) = queue.rows("SELECT * FROM mail_queue")
+    assert queue.dialect.postgresql or row["received_at"].endswith("+00:00")
 
 
 def test_filter_by_message_lists_finished_mail(queue: QueueHarness, typed: Typed) -> None:
