@@ -349,20 +349,24 @@ _RECIPIENT_COLUMNS: dict[str, str] = {
     "state": "state of the delivery; docs/inspect.md lists the states",
     "sender": "envelope sender; empty: the null sender",
     "recipient": "envelope recipient, local part without SMTP quoting",
+    "domain": "part of the recipient after the last @, in lower case",
     "size": "bytes of the stored body, with LF line ends and the Received field of the relay",
     "route": "name of the route; its servers are looked up at each attempt",
     "attempts": "how often a worker has claimed the delivery",
     "last_outcome": "outcome of the last attempt; docs/inspect.md lists the outcomes",
-    "reason": "reply of the server at the last attempt, or the reason that the relay or an operator"
-    " gave; bytes outside printable ASCII as \\xNN",
+    "reason": "why it is in its state: the pause that it waits behind, else last_reply",
+    "last_reply": "reply of the server at the last attempt, or the reason that the relay or"
+    " an operator gave; bytes outside printable ASCII as \\xNN",
     "server": "server of the last attempt",
     "received_at": "when the message was accepted",
     "next_at": "deferred: the next attempt; queued: when any worker claims it without a hint",
     "expires_at": "an attempt that fails after this is the last",
     "finished_at": "when it became final; empty while it is not",
+    "paused_at": "since when it waits behind a pause: of its route, or of all servers of the route",
     "worker": "the worker that is sending it",
     "pending_operation": "operation that was requested while it is being sent",
     "client_address": "address of the SMTP client",
+    "auth_user": "authenticated user",
     "helo": "name that the client gave in HELO or EHLO",
     "protocol": "RFC 3848 keyword, such as ESMTP",
     "header_message_id": "Message-ID of the header",
@@ -378,7 +382,9 @@ VIEW_COLUMNS = {
         "bytes": "sum of the sizes of their messages; empty for finished ones",
         "oldest_at": "when the oldest was received; empty for finished ones",
         "oldest_seconds": "seconds since oldest_at",
-        "overdue": "how many are overdue: a worker should have claimed or requeued them by now",
+        "overdue": "how many are overdue: a worker should have claimed or requeued them by now;"
+        " mail behind a pause is not",
+        "paused": "how many wait behind a pause",
     },
     "server_health": {
         "server": "host:port, [v6]:port or unix:/path",
@@ -395,5 +401,18 @@ VIEW_COLUMNS = {
         " it fails, or does not authorize the relay",
         "circuit_open_reason": "reason of one of these workers",
         "paused_at": "when an operator paused it; empty if it is not paused",
+    },
+    "paused": {
+        "subject": "route:NAME or server:NAME",
+        "paused_at": "when it was paused",
+        "actor": "the operator, as user@host",
+        "reason": "the reason that the operator gave",
+        "deliveries": "how many deliveries wait behind it; behind that of a server wait those of"
+        " routes whose every server is paused",
+    },
+    "route_servers": {
+        "route": "name of the route",
+        "position": "order in which the servers are tried, from 1",
+        "server": "host:port, [v6]:port or unix:/path",
     },
 }

@@ -1,50 +1,135 @@
 -- The views, which are the public face of the database for SQL: their names and columns are stable
--- (docs/inspect.md). migrations/views.py runs these statements.
+-- (docs/inspect.md). migrations/views.py runs these statements. `paused_routes` and
+-- `route_overview` are not public: other views and statements read them.
 
 -- name: drop_views
 DROP VIEW IF EXISTS mail_queue;
 DROP VIEW IF EXISTS mail_history;
 DROP VIEW IF EXISTS queue_summary;
 DROP VIEW IF EXISTS server_health;
+DROP VIEW IF EXISTS paused;
+DROP VIEW IF EXISTS waiting_routes;
+DROP VIEW IF EXISTS route_overview;
+DROP VIEW IF EXISTS paused_routes;
+DROP VIEW IF EXISTS route_servers;
 
 -- name: create_views
+-- As the workers that are alive know the routes; if none is alive, as the last worker knew them.
+CREATE VIEW route_servers AS
+SELECT r.key AS route, CAST(min(s.place) AS int) AS position, s.name AS server
+FROM workers w
+CROSS JOIN LATERAL json_each(CAST(w.routes AS json)) AS r
+CROSS JOIN LATERAL json_array_elements_text(r.value) WITH ORDINALITY AS s(name, place)
+WHERE w.routes IS NOT NULL AND CASE
+    WHEN EXISTS (
+        SELECT 1 FROM workers l
+        WHERE l.routes IS NOT NULL
+            AND l.ended_at IS NULL AND l.lease_expires_at > now())
+    THEN w.ended_at IS NULL AND w.lease_expires_at > now()
+    ELSE w.id = (
+        SELECT l.id FROM workers l WHERE l.routes IS NOT NULL
+        ORDER BY l.started_at DESC, l.id DESC LIMIT 1) END
+GROUP BY r.key, s.name;
+-- A route is paused by itself, or because each of its servers is: then by the last of these pauses.
+CREATE VIEW paused_routes AS
+SELECT substr(subject, 7) AS route, since, actor, reason
+FROM pauses WHERE substr(subject, 1, 6) = 'route:'
+UNION ALL
+SELECT x.route, x.since, x.actor, x.reason
+FROM (
+    SELECT s.route, p.since, p.actor, p.reason,
+        count(*) OVER (PARTITION BY s.route) AS servers,
+        count(p.subject) OVER (PARTITION BY s.route) AS paused,
+        row_number() OVER (PARTITION BY s.route ORDER BY p.since DESC, s.position, s.server)
+            AS place
+    FROM route_servers s LEFT JOIN pauses p ON p.subject = 'server:' || s.server
+) x
+WHERE x.servers = x.paused AND x.place = 1
+    AND NOT EXISTS (SELECT 1 FROM pauses q WHERE q.subject = 'route:' || x.route);
+-- A row for each route that a worker knows or that is paused.
+CREATE VIEW route_overview AS
+SELECT n.route,
+    p.since,
+    'paused by ' || p.actor || CASE WHEN p.reason <> '' THEN ': ' || p.reason ELSE '' END
+        AS paused_reason
+FROM (SELECT route FROM route_servers UNION SELECT route FROM paused_routes) n
+LEFT JOIN paused_routes p ON p.route = n.route;
+-- The deliveries that wait, by route. An arm for each index.
+CREATE VIEW waiting_routes AS
+SELECT route, CAST(sum(waiting) AS bigint) AS waiting
+FROM (
+    SELECT route, count(*) AS waiting FROM deliveries WHERE state = 'queued' GROUP BY route
+    UNION ALL
+    SELECT route, count(*) FROM deliveries WHERE state = 'deferred' GROUP BY route
+) x
+GROUP BY route;
 CREATE VIEW mail_queue AS
 SELECT replace(CAST(d.queue_id AS text), '-', '') AS queue_id, d.queue_id AS queue_uuid,
-    r.position, d.number AS delivery, d.state, m.sender, r.address AS recipient, m.size, d.route,
-    d.claim_count AS attempts, d.last_outcome, d.last_reply AS reason, d.last_server AS server,
+    r.position, d.number AS delivery, d.state, m.sender, r.address AS recipient,
+    lower(substring(r.address FROM '[^@]*$')) AS domain,
+    m.size, d.route,
+    d.claim_count AS attempts, d.last_outcome,
+    CASE WHEN d.state IN ('queued', 'deferred')
+        THEN coalesce(o.paused_reason, d.last_reply) ELSE d.last_reply END AS reason,
+    d.last_reply, d.last_server AS server,
     m.received_at AS received_at,
-    CASE WHEN d.state IN ('queued', 'deferred') THEN d.due_at END AS next_at,
-    d.expires_at AS expires_at, d.finished_at AS finished_at, d.worker, d.pending_operation,
-    m.client_address, m.helo, m.protocol, m.header_message_id,
-    replace(CAST(m.dsn_of AS text), '-', '') AS dsn_of
+    CASE WHEN d.state IN ('queued', 'deferred')
+        THEN d.due_at END AS next_at,
+    d.expires_at AS expires_at,
+    d.finished_at AS finished_at,
+    CASE WHEN d.state IN ('queued', 'deferred')
+        THEN o.since END AS paused_at,
+    d.worker, d.pending_operation, m.client_address, m.auth_user, m.helo, m.protocol,
+    m.header_message_id, replace(CAST(m.dsn_of AS text), '-', '') AS dsn_of
 FROM deliveries d
 JOIN recipients r ON r.queue_id = d.queue_id AND r.delivery = d.number
 JOIN messages m ON m.id = d.queue_id
+LEFT JOIN route_overview o ON o.route = d.route
 WHERE d.state IN ('queued', 'sending', 'deferred', 'held');
 CREATE VIEW mail_history AS
 SELECT replace(CAST(d.queue_id AS text), '-', '') AS queue_id, d.queue_id AS queue_uuid,
-    r.position, d.number AS delivery, d.state, m.sender, r.address AS recipient, m.size, d.route,
-    d.claim_count AS attempts, d.last_outcome, d.last_reply AS reason, d.last_server AS server,
+    r.position, d.number AS delivery, d.state, m.sender, r.address AS recipient,
+    lower(substring(r.address FROM '[^@]*$')) AS domain,
+    m.size, d.route,
+    d.claim_count AS attempts, d.last_outcome,
+    CASE WHEN d.state IN ('queued', 'deferred')
+        THEN coalesce(o.paused_reason, d.last_reply) ELSE d.last_reply END AS reason,
+    d.last_reply, d.last_server AS server,
     m.received_at AS received_at,
-    CASE WHEN d.state IN ('queued', 'deferred') THEN d.due_at END AS next_at,
-    d.expires_at AS expires_at, d.finished_at AS finished_at, d.worker, d.pending_operation,
-    m.client_address, m.helo, m.protocol, m.header_message_id,
-    replace(CAST(m.dsn_of AS text), '-', '') AS dsn_of
+    CASE WHEN d.state IN ('queued', 'deferred')
+        THEN d.due_at END AS next_at,
+    d.expires_at AS expires_at,
+    d.finished_at AS finished_at,
+    CASE WHEN d.state IN ('queued', 'deferred')
+        THEN o.since END AS paused_at,
+    d.worker, d.pending_operation, m.client_address, m.auth_user, m.helo, m.protocol,
+    m.header_message_id, replace(CAST(m.dsn_of AS text), '-', '') AS dsn_of
 FROM deliveries d
 JOIN recipients r ON r.queue_id = d.queue_id AND r.delivery = d.number
-JOIN messages m ON m.id = d.queue_id;
+JOIN messages m ON m.id = d.queue_id
+LEFT JOIN route_overview o ON o.route = d.route;
 -- Two halves: finished mail is only counted, or a long history would be looked up message by
--- message.
+-- message. A pause is one of a route, so it is looked up for the groups and not for each delivery.
 CREATE VIEW queue_summary AS
-SELECT d.state, d.route, count(*) AS deliveries, CAST(sum(m.size) AS bigint) AS bytes,
-    min(m.received_at) AS oldest_at,
-    CAST(extract(epoch FROM now() - min(m.received_at)) AS float8) AS oldest_seconds,
-    sum(CASE WHEN d.state <> 'held' AND d.due_at < now() THEN 1 ELSE 0 END) AS overdue
-FROM deliveries d JOIN messages m ON m.id = d.queue_id
-WHERE d.state IN ('queued', 'sending', 'deferred', 'held')
-GROUP BY d.state, d.route
+SELECT g.state, g.route, g.deliveries, g.bytes,
+    g.oldest AS oldest_at,
+    CAST(extract(epoch FROM now() - g.oldest) AS float8) AS oldest_seconds,
+    CASE WHEN p.route IS NOT NULL AND g.state IN ('queued', 'deferred') THEN 0 ELSE g.late END
+        AS overdue,
+    CASE WHEN p.route IS NOT NULL AND g.state IN ('queued', 'deferred')
+        THEN g.deliveries ELSE 0 END AS paused
+FROM (
+    SELECT d.state, d.route, count(*) AS deliveries, CAST(sum(m.size) AS bigint) AS bytes,
+        min(m.received_at) AS oldest,
+        sum(CASE WHEN d.state <> 'held' AND d.due_at < now()
+            THEN 1 ELSE 0 END) AS late
+    FROM deliveries d JOIN messages m ON m.id = d.queue_id
+    WHERE d.state IN ('queued', 'sending', 'deferred', 'held')
+    GROUP BY d.state, d.route
+) g
+LEFT JOIN paused_routes p ON p.route = g.route
 UNION ALL
-SELECT state, route, count(*), NULL, NULL, NULL, 0
+SELECT state, route, count(*), NULL, NULL, NULL, 0, 0
 FROM deliveries WHERE state NOT IN ('queued', 'sending', 'deferred', 'held')
 GROUP BY state, route;
 CREATE VIEW server_health AS
@@ -73,3 +158,14 @@ FROM (
     FROM pauses WHERE substr(subject, 1, 7) = 'server:'
 ) s
 GROUP BY server;
+-- Mail waits behind the pause of a server if all servers of its route are paused.
+CREATE VIEW paused AS
+SELECT p.subject, p.since AS paused_at, p.actor, p.reason,
+    coalesce((
+        SELECT CAST(sum(w.waiting) AS bigint)
+        FROM waiting_routes w JOIN paused_routes b ON b.route = w.route
+        WHERE p.subject = 'route:' || w.route OR EXISTS (
+            SELECT 1 FROM route_servers s
+            WHERE s.route = w.route AND p.subject = 'server:' || s.server)
+    ), 0) AS deliveries
+FROM pauses p;

@@ -105,11 +105,13 @@ def refused(reply: str) -> None:
 
 
 class StateCount(NamedTuple):
-    """The deliveries in one state; `age` is that of the oldest message, in seconds."""
+    """The deliveries in one state. `paused`: those behind a pause, which are neither `overdue` nor
+    in `age`, that of the oldest message in seconds."""
 
     state: str
     deliveries: int
     overdue: int
+    paused: int
     age: float
 
 
@@ -176,8 +178,8 @@ class QueueMetrics(Collector):
         with reading(self._engine) as connection:
             states = self._counts(connection)
             totals = self._queries.run(connection, "totals").one()
-            paused = self._queries.run(connection, "paused").scalars().all()
-        unfinished = [states.get(state, StateCount(state, 0, 0, 0.0)) for state in UNFINISHED]
+            paused = dict(self._queries.run(connection, "paused").all())
+        unfinished = [states.get(state, StateCount(state, 0, 0, 0, 0.0)) for state in UNFINISHED]
         pending = sum(row.deliveries for row in states.values() if row.state not in UNFINISHED)
         return [
             _gauge(*_UP, 1),
@@ -194,8 +196,14 @@ class QueueMetrics(Collector):
                 "state",
             ),
             _gauge(
+                "paused_deliveries",
+                "deliveries that wait behind a pause",
+                {row.state: row.paused for row in unfinished},
+                "state",
+            ),
+            _gauge(
                 "oldest_age_seconds",
-                "age of the oldest message with such a delivery",
+                "age of the oldest message with such a delivery that is not behind a pause",
                 {row.state: row.age for row in unfinished},
                 "state",
             ),
@@ -204,6 +212,7 @@ class QueueMetrics(Collector):
             _gauge(
                 "paused", "routes and servers that are paused", dict.fromkeys(paused, 1), "subject"
             ),
+            _gauge("paused_seconds", "for how long they have been paused", paused, "subject"),
             _gauge(
                 "uncertain_attempts",
                 "attempts of the last hour with an unknown end",

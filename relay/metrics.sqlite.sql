@@ -1,29 +1,40 @@
 -- The queue for Prometheus. Times are microseconds.
 
 -- name: counts
--- Deliveries by state, with the age of the oldest message in seconds. Each part has an index of its
--- own, so no history is scanned. A failed delivery with a due time has a DSN that is pending.
-SELECT s.state, s.deliveries, s.overdue, ((SELECT now FROM clock) - m.received_at) / 1e6 AS age
-FROM (
-    SELECT state, count(*) AS deliveries,
+-- Deliveries by state: all, those overdue, those behind a pause, and the age of the oldest message
+-- in seconds. What is behind a pause is neither overdue nor old. Each part has an index of its own,
+-- so no history is scanned. A failed delivery with a due time has a DSN that is pending.
+WITH g AS MATERIALIZED (
+    SELECT state, route, count(*) AS deliveries,
            count(*) FILTER (WHERE due_at < (SELECT now FROM clock)) AS overdue,
            min(queue_id) AS oldest
     FROM (
-        SELECT state, queue_id, due_at FROM deliveries WHERE state = 'queued'
+        SELECT state, route, queue_id, due_at FROM deliveries WHERE state = 'queued'
         UNION ALL
-        SELECT state, queue_id, due_at FROM deliveries WHERE state = 'sending'
+        SELECT state, route, queue_id, due_at FROM deliveries WHERE state = 'sending'
         UNION ALL
-        SELECT state, queue_id, due_at FROM deliveries WHERE state = 'deferred'
+        SELECT state, route, queue_id, due_at FROM deliveries WHERE state = 'deferred'
         UNION ALL
-        SELECT state, queue_id, due_at FROM deliveries WHERE state = 'held'
+        SELECT state, route, queue_id, due_at FROM deliveries WHERE state = 'held'
         UNION ALL
-        SELECT state, queue_id, due_at
+        SELECT state, route, queue_id, due_at
         FROM deliveries
         WHERE state IN ('bounced', 'expired') AND due_at IS NOT NULL
     ) d
-    GROUP BY state
-) s
-JOIN messages m ON m.id = s.oldest;
+    GROUP BY state, route
+), x AS (
+    SELECT g.state, sum(g.deliveries) AS deliveries,
+           sum(CASE WHEN p.route IS NULL THEN g.overdue ELSE 0 END) AS overdue,
+           sum(CASE WHEN p.route IS NULL THEN 0 ELSE g.deliveries END) AS paused,
+           min(CASE WHEN p.route IS NULL THEN g.oldest END) AS oldest
+    FROM g
+    LEFT JOIN paused_routes p ON p.route = g.route AND g.state IN ('queued', 'deferred')
+    GROUP BY g.state
+)
+SELECT x.state, x.deliveries, x.overdue, x.paused,
+       coalesce(((SELECT now FROM clock) - m.received_at) / 1e6, 0) AS age
+FROM x
+LEFT JOIN messages m ON m.id = x.oldest;
 
 -- name: totals
 -- Workers that are alive, and attempts of the last hour whose end is unknown.
@@ -36,4 +47,5 @@ SELECT (SELECT count(*)
           AND outcome IN ('uncertain', 'malformed')) AS uncertain;
 
 -- name: paused
-SELECT subject FROM pauses;
+-- What is paused, and for how many seconds.
+SELECT subject, ((SELECT now FROM clock) - since) / 1e6 AS seconds FROM pauses;

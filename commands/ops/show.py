@@ -54,7 +54,6 @@ _CELLS: dict[str, Callable[[Any], str]] = {
     **dict.fromkeys(("id", "queue_id"), lambda queue_id: str(queue_id[-ID_DIGITS:])),
     **dict.fromkeys(("size", "bytes", "bytes_sent"), size),
     **dict.fromkeys((*AGES, "older"), lambda count: str(count or "")),
-    "next_at": due,
     "started_at": stamp,
     "oldest_seconds": span,
     "seconds": "{:.3f}s".format,
@@ -82,11 +81,20 @@ def circuit_of(row: Row) -> str:
     return f"circuit open: {row['circuit_open_reason']}" if row["circuit_open_workers"] else ""
 
 
-COLUMNS = _columns(
-    "ID=queue_id STATE AGE=received_at SIZE SENDER RECIPIENT TRIES=attempts NEXT=next_at REASON"
-)
+def _next(row: Row) -> str:
+    """When a delivery is tried next, or for how long it has waited behind a pause."""
+    return f"paused {ago(row['paused_at'])}" if row["paused_at"] else due(row["next_at"])
+
+
+COLUMNS: Columns = {
+    **_columns("ID=queue_id STATE AGE=received_at SIZE SENDER RECIPIENT TRIES=attempts"),
+    "NEXT": _next,
+    **_columns("REASON"),
+}
 # The columns of the view that COLUMNS shows.
-LISTED = "queue_id, state, received_at, size, sender, recipient, attempts, next_at, reason"
+LISTED = (
+    "queue_id, state, received_at, size, sender, recipient, attempts, next_at, paused_at, reason"
+)
 _ATTEMPTS: Columns = {
     "TRY": lambda row: f"{row['delivery']}.{row['claim']}.{row['attempt_index']}",
     **_columns("AT=started_at"),
@@ -106,8 +114,8 @@ _SERVERS: Columns = {
     "OUTCOMES": lambda row: ", ".join(f"{row[name]} {name}" for name in OUTCOMES if row[name]),
     "NOW": circuit_of,
 }
-_SUMMARY = _columns("STATE ROUTE DELIVERIES BYTES OLDEST=oldest_seconds OVERDUE")
-_PAUSES = _columns("PAUSED=subject SINCE=since_at BY=actor REASON")
+_SUMMARY = _columns("STATE ROUTE DELIVERIES BYTES OLDEST=oldest_seconds OVERDUE PAUSED")
+_PAUSES = _columns("PAUSED=subject SINCE=paused_at BY=actor DELIVERIES REASON")
 _RECEIVED = _columns("LAST_MINUTE LAST_HOUR BYTES")
 _RATES = _columns("OUTCOME LAST_MINUTE LAST_HOUR BYTES=bytes_sent MEAN=seconds")
 _SLOWEST = _columns("ID=queue_id TOOK=seconds SERVER BYTES=bytes_sent OUTCOME REPLY")
@@ -359,7 +367,7 @@ def show_stats(*, json_lines: bool) -> int:
             ("age", "unfinished recipients by age and domain", statistics.ages(), _AGES),
             ("worker", "workers", workers, _WORKERS),
             ("server", "servers", queue.read("servers"), _SERVERS),
-            ("pause", "pauses", [asdict(row) for row in queue.pauses()], _PAUSES),
+            ("pause", "pauses", queue.read("paused"), _PAUSES),
             ("received", "received messages", [statistics.received()], _RECEIVED),
             ("rate", "tries of the last hour", statistics.read("rates"), _RATES),
             (

@@ -60,7 +60,7 @@ class Filter:
     server: str | None = None
     older_than: float | None = None  # seconds since it was received
     id: str | None = None  # 32 digits
-    reply: str | None = None  # a part of the last reply
+    reply: str | None = None  # a part of the last reply, or of the reason of a pause
     header_message_id: str | None = None
 
     def where(self, database: str) -> tuple[str, dict[str, Any]]:
@@ -78,9 +78,11 @@ class Filter:
             value: str | None = getattr(self, field)
             if value is None:
                 continue
-            if "*" in value or field == "reply":
-                part = f"{column} {spelling.like} :{field} ESCAPE '\\'"
-                value = _like(f"*{value}*" if field == "reply" else value)
+            if field == "reply":  # a pause hides the last reply in `reason`
+                likes = [f"{c} {spelling.like} :reply ESCAPE '\\'" for c in (column, "last_reply")]
+                part, value = f"({' OR '.join(likes)})", _like(f"*{value}*")
+            elif "*" in value:
+                part, value = f"{column} {spelling.like} :{field} ESCAPE '\\'", _like(value)
             elif field in ("sender", "recipient"):
                 part = (
                     f"{column} {spelling.at_least} :{field}_from"

@@ -109,6 +109,10 @@ SELECT replace(CAST(id AS text), '-', '') AS id FROM spool;
 -- name: pauses
 SELECT subject, since AS since_at, actor, reason FROM pauses ORDER BY subject;
 
+-- name: paused
+-- The same with the mail that waits behind each, which takes longer.
+SELECT subject, paused_at, actor, reason, deliveries FROM paused ORDER BY subject;
+
 -- name: workers
 -- All workers that have not ended, then the last that have.
 SELECT replace(CAST(w.id AS text), '-', '') AS id, w.host, w.pid, w.started_at, w.lease_expires_at,

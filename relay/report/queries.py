@@ -314,7 +314,7 @@ class QueueReader(Reader):
 def _in_order(view: str, filter_: Filter) -> str:
     """A view that SQLite reads from the deliveries on, all or those of an index: its planner would
     choose worse."""
-    view = view.replace("JOIN", "CROSS JOIN")
+    view = re.sub(r"(?<!LEFT )JOIN", "CROSS JOIN", view)
     if filter_.states == (State.HELD,):
         return f"{view} WHERE d.state = 'held'"  # SQLite does not see that IN means the same
     if filter_.states == (State.SENDING,):  # few; other states may have many

@@ -272,7 +272,8 @@ def test_why_explains_every_state(console: Console) -> None:
         "dropped": r"dropped by .*here: .*, \w+ ago; no DSN is sent",
         "deferred": (
             r"deferred(, and overdue for .*| until [-:0-9 ]+Z \(in .*\)), because .* \(try 1\)\."
-            r" If it still fails after [-:0-9 ]+Z it expires, (and the sender is told|without a DSN)"
+            r" If it still fails after [-:0-9 ]+Z it expires, (and the sender is"
+            r" told|without a DSN)"
         ),
         "expired": (
             r"expired \w+ ago, because qmqp\.example\.net:628 deferred it: 451 still busy; (its"

@@ -102,12 +102,13 @@ def test_sqlite_finds_a_page_in_order_without_sorting(clean_sqlite_url: str) -> 
     with reading(engine) as connection:
         plan = connection.execute(text(f"EXPLAIN QUERY PLAN {sql}"), given).all()
     engine.dispose()
-    assert [row[-1].partition(" USING")[0] for row in plan][:3] == [
-        "SEARCH d",
-        "SEARCH r",
-        "SEARCH m",
-    ]
-    assert {row[-1] for row in plan[3:]} <= {"USE TEMP B-TREE FOR RIGHT PART OF ORDER BY"}
+    steps = [row[-1].partition(" USING")[0] for row in plan if row[1] == 0]
+    # The few routes are read once, before the deliveries.
+    assert steps[0] == "MATERIALIZE route_overview"
+    assert steps[1:5] == ["SEARCH d", "SEARCH r", "SEARCH m", "SEARCH o"]
+    assert {row[-1] for row in plan if row[1] == 0 and row[-1].startswith("USE TEMP")} <= {
+        "USE TEMP B-TREE FOR RIGHT PART OF ORDER BY"
+    }
 
 
 def test_sqlite_reads_only_held_or_sending_deliveries(
@@ -120,7 +121,8 @@ def test_sqlite_reads_only_held_or_sending_deliveries(
         )
         with reading(engine) as connection:
             plan = connection.execute(text(f"EXPLAIN QUERY PLAN {sql}"), given).all()
-        assert index in plan[0][-1]
+        deliveries = next(row[-1] for row in plan if row[1] == 0 and " d " in row[-1])
+        assert index in deliveries
     engine.dispose()
 
 

@@ -77,7 +77,7 @@ def test_metrics_equal_the_tables(database_url: str, tmp_path: Path):
             {"id": dashed(ids[0])},
         )
     operations = QueueOperations(engine, sends_dsns=True)
-    for subject in ("server:mx:628", "route:gone", "route:default"):
+    for subject in ("server:mx:628", "route:gone", "route:other"):
         operations.pause(subject, actor="me", reason="")
     operations.resume("route:gone", actor="me", reason="")
     seen = scrape(QueueMetrics(engine, Spool(tmp_path))).get_sample_value
@@ -99,7 +99,7 @@ def test_metrics_equal_the_tables(database_url: str, tmp_path: Path):
     assert seen("relay_uncertain_attempts") == 1
     paused = [
         seen("relay_paused", {"subject": one})
-        for one in ("server:mx:628", "route:default", "route:gone")
+        for one in ("server:mx:628", "route:other", "route:gone")
     ]
     assert paused == [1, 1, None]
     engine.dispose()
