@@ -20,6 +20,7 @@ from relay.report.rows import Row
 type Columns = Mapping[str, Callable[[Row], str]]
 SAMPLE = 200
 OPTIONAL = ("SIZE", "SENDER")  # columns that a narrow terminal omits, in this order
+SPARE = "FOR"  # a column that is shown only where it does not push the last one below the others
 # The last column goes below the others if it would have fewer columns than this, and needs more.
 MIN_LAST = 20
 _LOCAL = ContextVar("local times", default=False)
@@ -170,11 +171,14 @@ def _table(rows: Iterator[Row], columns: Columns) -> int:
         for name, of in columns.items()
     }
     *fixed, last = columns
+    least = min(MIN_LAST, widest[last] - 2)
+    if sum(widest[name] for name in fixed) + least > width:
+        fixed = [name for name in fixed if name != SPARE]
     for optional in OPTIONAL:
         if sum(widest[name] for name in fixed) > width:
             fixed = [name for name in fixed if name != optional]
     indent = sum(widest[name] for name in fixed)
-    below = indent + min(MIN_LAST, widest[last] - 2) > width
+    below = indent + least > width
     cells = "".join(f"%-{widest[name]}s" for name in fixed)
     forms = [columns[name] for name in fixed]
     count, lines = 0, [(cells % tuple(fixed) + last).rstrip()]

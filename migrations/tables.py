@@ -352,6 +352,7 @@ _RECIPIENT_COLUMNS: dict[str, str] = {
     "domain": "part of the recipient after the last @, in lower case",
     "size": "bytes of the stored body, with LF line ends and the Received field of the relay",
     "route": "name of the route; its servers are looked up at each attempt",
+    "servers": "unfinished: the servers that it is for, those of its route today, in order",
     "attempts": "how often a worker has claimed the delivery",
     "last_outcome": "outcome of the last attempt; docs/inspect.md lists the outcomes",
     "reason": "why it is in its state: the pause that it waits behind, else last_reply",
@@ -401,6 +402,8 @@ VIEW_COLUMNS = {
         " it fails, or does not authorize the relay",
         "circuit_open_reason": "reason of one of these workers",
         "paused_at": "when an operator paused it; empty if it is not paused",
+        "waiting": "how many deliveries wait for it: queued and deferred ones of its routes,"
+        " each counted under every server of the route",
     },
     "paused": {
         "subject": "route:NAME or server:NAME",

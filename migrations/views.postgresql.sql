@@ -49,6 +49,8 @@ WHERE x.servers = x.paused AND x.place = 1
 -- A row for each route that a worker knows or that is paused.
 CREATE VIEW route_overview AS
 SELECT n.route,
+    (SELECT string_agg(s.server, ', ' ORDER BY s.position, s.server)
+     FROM route_servers s WHERE s.route = n.route) AS servers,
     p.since,
     'paused by ' || p.actor || CASE WHEN p.reason <> '' THEN ': ' || p.reason ELSE '' END
         AS paused_reason
@@ -68,6 +70,7 @@ SELECT replace(CAST(d.queue_id AS text), '-', '') AS queue_id, d.queue_id AS que
     r.position, d.number AS delivery, d.state, m.sender, r.address AS recipient,
     lower(substring(r.address FROM '[^@]*$')) AS domain,
     m.size, d.route,
+    CASE WHEN d.state IN ('queued', 'sending', 'deferred', 'held') THEN o.servers END AS servers,
     d.claim_count AS attempts, d.last_outcome,
     CASE WHEN d.state IN ('queued', 'deferred')
         THEN coalesce(o.paused_reason, d.last_reply) ELSE d.last_reply END AS reason,
@@ -91,6 +94,7 @@ SELECT replace(CAST(d.queue_id AS text), '-', '') AS queue_id, d.queue_id AS que
     r.position, d.number AS delivery, d.state, m.sender, r.address AS recipient,
     lower(substring(r.address FROM '[^@]*$')) AS domain,
     m.size, d.route,
+    CASE WHEN d.state IN ('queued', 'sending', 'deferred', 'held') THEN o.servers END AS servers,
     d.claim_count AS attempts, d.last_outcome,
     CASE WHEN d.state IN ('queued', 'deferred')
         THEN coalesce(o.paused_reason, d.last_reply) ELSE d.last_reply END AS reason,
@@ -143,19 +147,23 @@ SELECT server, count(outcome) AS attempts,
     coalesce(sum(bytes_sent), 0) AS bytes_sent,
     max(finished_at) AS last_at,
     count(why) AS circuit_open_workers, max(why) AS circuit_open_reason,
-    max(since) AS paused_at
+    max(since) AS paused_at,
+    CAST(sum(waiting) AS bigint) AS waiting
 FROM (
     SELECT server, outcome, bytes_sent, finished_at, CASE WHEN 1 = 0 THEN reply END AS why,
-        CASE WHEN 1 = 0 THEN finished_at END AS since
+        CASE WHEN 1 = 0 THEN finished_at END AS since, 0 AS waiting
     FROM attempts
     WHERE finished_at > now() - interval '1 hour' AND server IS NOT NULL
     UNION ALL
-    SELECT c.server, NULL, NULL, NULL, c.why, NULL
+    SELECT c.server, NULL, NULL, NULL, c.why, NULL, 0
     FROM open_circuits c JOIN workers w ON w.id = c.worker
     WHERE w.ended_at IS NULL
     UNION ALL
-    SELECT substr(subject, 8), NULL, NULL, NULL, NULL, since
+    SELECT substr(subject, 8), NULL, NULL, NULL, NULL, since, 0
     FROM pauses WHERE substr(subject, 1, 7) = 'server:'
+    UNION ALL
+    SELECT s.server, NULL, NULL, NULL, NULL, NULL, coalesce(w.waiting, 0)
+    FROM route_servers s LEFT JOIN waiting_routes w ON w.route = s.route
 ) s
 GROUP BY server;
 -- Mail waits behind the pause of a server if all servers of its route are paused.

@@ -55,6 +55,9 @@ WHERE x.servers = x.paused AND x.place = 1
 -- A row for each route that a worker knows or that is paused.
 CREATE VIEW route_overview AS
 SELECT n.route,
+    (SELECT group_concat(x.server, ', ') FROM (
+        SELECT s.server FROM route_servers s WHERE s.route = n.route
+        ORDER BY s.position, s.server) x) AS servers,
     p.since,
     'paused by ' || p.actor || CASE WHEN p.reason <> '' THEN ': ' || p.reason ELSE '' END
         AS paused_reason
@@ -74,6 +77,7 @@ SELECT replace(d.queue_id, '-', '') AS queue_id, d.queue_id AS queue_uuid,
     r.position, d.number AS delivery, d.state, m.sender, r.address AS recipient,
     lower(substr(r.address, length(rtrim(r.address, replace(r.address, '@', ''))) + 1)) AS domain,
     m.size, d.route,
+    CASE WHEN d.state IN ('queued', 'sending', 'deferred', 'held') THEN o.servers END AS servers,
     d.claim_count AS attempts, d.last_outcome,
     CASE WHEN d.state IN ('queued', 'deferred')
         THEN coalesce(o.paused_reason, d.last_reply) ELSE d.last_reply END AS reason,
@@ -102,6 +106,7 @@ SELECT replace(d.queue_id, '-', '') AS queue_id, d.queue_id AS queue_uuid,
     r.position, d.number AS delivery, d.state, m.sender, r.address AS recipient,
     lower(substr(r.address, length(rtrim(r.address, replace(r.address, '@', ''))) + 1)) AS domain,
     m.size, d.route,
+    CASE WHEN d.state IN ('queued', 'sending', 'deferred', 'held') THEN o.servers END AS servers,
     d.claim_count AS attempts, d.last_outcome,
     CASE WHEN d.state IN ('queued', 'deferred')
         THEN coalesce(o.paused_reason, d.last_reply) ELSE d.last_reply END AS reason,
@@ -162,19 +167,23 @@ SELECT server, count(outcome) AS attempts,
         || '+00:00' AS last_at,
     count(why) AS circuit_open_workers, max(why) AS circuit_open_reason,
     datetime(max(since) / 1000000, 'unixepoch') || '.' || substr(max(since) / 1000, -3)
-        || '+00:00' AS paused_at
+        || '+00:00' AS paused_at,
+    sum(waiting) AS waiting
 FROM (
     SELECT server, outcome, bytes_sent, finished_at, CASE WHEN 1 = 0 THEN reply END AS why,
-        CASE WHEN 1 = 0 THEN finished_at END AS since
+        CASE WHEN 1 = 0 THEN finished_at END AS since, 0 AS waiting
     FROM attempts
     WHERE finished_at > (SELECT now FROM clock) - 3600 * 1000000 AND server IS NOT NULL
     UNION ALL
-    SELECT c.server, NULL, NULL, NULL, c.why, NULL
+    SELECT c.server, NULL, NULL, NULL, c.why, NULL, 0
     FROM open_circuits c JOIN workers w ON w.id = c.worker
     WHERE w.ended_at IS NULL
     UNION ALL
-    SELECT substr(subject, 8), NULL, NULL, NULL, NULL, since
+    SELECT substr(subject, 8), NULL, NULL, NULL, NULL, since, 0
     FROM pauses WHERE substr(subject, 1, 7) = 'server:'
+    UNION ALL
+    SELECT s.server, NULL, NULL, NULL, NULL, NULL, coalesce(w.waiting, 0)
+    FROM route_servers s LEFT JOIN waiting_routes w ON w.route = s.route
 ) s
 GROUP BY server;
 -- Mail waits behind the pause of a server if all servers of its route are paused.

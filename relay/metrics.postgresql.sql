@@ -36,6 +36,13 @@ SELECT x.state, x.deliveries, x.overdue, x.paused,
 FROM x
 LEFT JOIN messages m ON m.id = CAST(x.oldest AS uuid);
 
+-- name: waiting
+-- Deliveries that wait, under each server of their route.
+SELECT s.server, coalesce(CAST(sum(w.waiting) AS bigint), 0) AS waiting
+FROM route_servers s
+LEFT JOIN waiting_routes w ON w.route = s.route
+GROUP BY s.server;
+
 -- name: totals
 -- Workers that are alive, and attempts of the last hour whose end is unknown.
 SELECT (SELECT count(*) FROM workers WHERE ended_at IS NULL AND lease_expires_at > now())

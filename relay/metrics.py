@@ -141,6 +141,7 @@ class QueueMetrics(Collector):
         self._read_at = self._count_at = 0.0
         self._metrics: list[Metric] = []
         self._counted: dict[str, StateCount] = {}
+        self._waiting: dict[str, int] = {}
 
     def describe(self) -> Iterable[Metric]:
         """Nothing, so that registration reads no database."""
@@ -176,7 +177,7 @@ class QueueMetrics(Collector):
 
     def _database(self) -> list[Metric]:
         with reading(self._engine) as connection:
-            states = self._counts(connection)
+            states, waiting = self._counts(connection)
             totals = self._queries.run(connection, "totals").one()
             paused = dict(self._queries.run(connection, "paused").all())
         unfinished = [states.get(state, StateCount(state, 0, 0, 0, 0.0)) for state in UNFINISHED]
@@ -207,6 +208,9 @@ class QueueMetrics(Collector):
                 {row.state: row.age for row in unfinished},
                 "state",
             ),
+            _gauge(
+                "waiting", "deliveries that wait for a server of their route", waiting, "server"
+            ),
             _gauge("dsns_pending", "failed deliveries whose DSN is not generated yet", pending),
             _gauge("workers_alive", "workers whose lease has not expired", totals.workers),
             _gauge(
@@ -220,15 +224,16 @@ class QueueMetrics(Collector):
             ),
         ]
 
-    def _counts(self, connection: Connection) -> dict[str, StateCount]:
-        """The counts by state. Counting a long queue takes long, so they are kept for
-        COUNT_INTERVAL."""
+    def _counts(self, connection: Connection) -> tuple[dict[str, StateCount], dict[str, int]]:
+        """The counts by state, and those that wait for each server. Counting a long queue takes
+        long, so they are kept for COUNT_INTERVAL."""
         if (began := time.monotonic()) >= self._count_at:
             rows = itertools.starmap(StateCount, self._queries.run(connection, "counts"))
             self._counted = {row.state: row for row in rows}
+            self._waiting = dict(self._queries.run(connection, "waiting").all())
             ended = time.monotonic()
             self._count_at = ended + COUNT_INTERVAL * (ended - began)
-        return self._counted
+        return self._counted, self._waiting
 
     def _disk(self) -> list[Metric]:
         return [_gauge("spool_free_bytes", "free space for bodies", self._spool.free_bytes())]

@@ -60,7 +60,8 @@ def _filter(
     server: Annotated[
         str | None,
         typer.Option(
-            help="Server of the last attempt: host, host:port, [v6]:port, unix:/path.",
+            help="It was last tried there, or would go there: host, host:port, [v6]:port,"
+            " unix:/path.",
             autocompletion=_names("server"),
         ),
     ] = None,

@@ -87,13 +87,16 @@ def _next(row: Row) -> str:
 
 
 COLUMNS: Columns = {
-    **_columns("ID=queue_id STATE AGE=received_at SIZE SENDER RECIPIENT TRIES=attempts"),
+    **_columns(
+        "ID=queue_id STATE AGE=received_at SIZE SENDER RECIPIENT FOR=servers TRIES=attempts"
+    ),
     "NEXT": _next,
     **_columns("REASON"),
 }
 # The columns of the view that COLUMNS shows.
 LISTED = (
-    "queue_id, state, received_at, size, sender, recipient, attempts, next_at, paused_at, reason"
+    "queue_id, state, received_at, size, sender, recipient, servers, attempts, next_at, paused_at,"
+    " reason"
 )
 _ATTEMPTS: Columns = {
     "TRY": lambda row: f"{row['delivery']}.{row['claim']}.{row['attempt_index']}",
@@ -110,7 +113,7 @@ _WORKERS: Columns = {
 }
 OUTCOMES = ("delivered", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
 _SERVERS: Columns = {
-    **_columns("SERVER TRIES=attempts LAST=last_at"),
+    **_columns("SERVER WAITING TRIES=attempts LAST=last_at"),
     "OUTCOMES": lambda row: ", ".join(f"{row[name]} {name}" for name in OUTCOMES if row[name]),
     "NOW": circuit_of,
 }
@@ -273,7 +276,8 @@ def described(report: MessageReport) -> list[tuple[str, str]]:
         origin = f", split from delivery {row.parent}" if row.parent else ""
         finished = f" {stamp(row.finished_at)}" if row.finished_at else ""
         worker = f" by worker {row.worker[-ID_DIGITS:]}" if row.worker else ""
-        route = f"route {row.route}{origin}, expires {stamp(row.expires_at)}"
+        to_servers = f" to {row.servers}" if row.servers else ""
+        route = f"route {row.route}{to_servers}{origin}, expires {stamp(row.expires_at)}"
         lines.append((f"delivery {row.number}", f"{row.state}{finished}{worker}, {route}"))
     lines += [("why", row["why"]) for row in report.why]
     servers = {

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from relay.db.schema import literals
 from relay.ids import dashed
-from relay.queue.states import State
+from relay.queue.states import UNFINISHED, State
 
 
 class Spelling(NamedTuple):
@@ -38,7 +39,6 @@ _COLUMNS = {
     "sender": "sender",
     "recipient": "recipient",
     "route": "route",
-    "server": "server",
     "header_message_id": "header_message_id",
     "id": "queue_uuid",
     "reply": "reason",
@@ -50,7 +50,8 @@ class Filter:
     """The deliveries for which all given fields match.
 
     `sender` ('' or <>: the null sender) and `recipient` are whole addresses, whose domain is
-    case-insensitive, or patterns with `*`, which are case-insensitive as a whole.
+    case-insensitive, or patterns with `*`, which are case-insensitive as a whole. `server`: the
+    last attempt was there, or the delivery is unfinished and its route of today has it.
     """
 
     states: tuple[str, ...] = ()
@@ -94,6 +95,9 @@ class Filter:
                 part = f"{column} = :{field}"
             parts.append(part)
             parameters[field] = dashed(value) if field == "id" else value
+        if self.server is not None:
+            parts.append(_for_server(self.server, spelling))
+            parameters["server"] = _like(self.server) if "*" in self.server else self.server
         return " AND ".join(parts), parameters
 
     def is_history(self) -> bool:
@@ -130,6 +134,13 @@ def bracketed(header_message_id: str) -> str:
     """A Message-ID with its <>, which may be missing in the argument; `*` matches them too."""
     head = "" if header_message_id.startswith(("<", "*")) else "<"
     return head + header_message_id + ("" if header_message_id.endswith((">", "*")) else ">")
+
+
+def _for_server(server: str, spelling: Spelling) -> str:
+    """The condition for mail that was last tried at a server, or that would go there."""
+    matches = f"{spelling.like} :server ESCAPE '\\'" if "*" in server else "= :server"
+    routes = f"SELECT s.route FROM route_servers s WHERE s.server {matches}"
+    return f"(server {matches} OR (state IN ({literals(UNFINISHED)}) AND route IN ({routes})))"
 
 
 def _like(pattern: str) -> str:

@@ -33,11 +33,14 @@ WHERE queue_id = CAST(:id AS uuid)
 ORDER BY position;
 
 -- name: deliveries
-SELECT number, parent, route, state, due_at, expires_at, claim_count,
+SELECT number, parent, d.route,
+       CASE WHEN state IN ('queued', 'sending', 'deferred', 'held') THEN o.servers END AS servers,
+       state, due_at, expires_at, claim_count,
        replace(CAST(worker AS text), '-', '') AS worker, backoff_step, crash_count,
        pending_operation, last_outcome, last_reply, reason_source, last_server, dsn_withheld,
        finished_at
-FROM deliveries
+FROM deliveries d
+LEFT JOIN route_overview o ON o.route = d.route
 WHERE queue_id = CAST(:id AS uuid)
 ORDER BY number;
 
@@ -57,7 +60,7 @@ SELECT * FROM queue_summary ORDER BY state, route;
 -- Python.
 SELECT server, attempts, delivered, deferred, rejected, unreachable, uncertain, interrupted,
        CAST(bytes_sent AS bigint) AS bytes_sent, last_at, circuit_open_workers,
-       circuit_open_reason, paused_at
+       circuit_open_reason, paused_at, waiting
 FROM server_health
 ORDER BY server;
 

@@ -34,10 +34,13 @@ WHERE queue_id = :id
 ORDER BY position;
 
 -- name: deliveries
-SELECT number, parent, route, state, due_at, expires_at, claim_count,
+SELECT number, parent, d.route,
+       CASE WHEN state IN ('queued', 'sending', 'deferred', 'held') THEN o.servers END AS servers,
+       state, due_at, expires_at, claim_count,
        replace(worker, '-', '') AS worker, backoff_step, crash_count, pending_operation,
        last_outcome, last_reply, reason_source, last_server, dsn_withheld, finished_at
-FROM deliveries
+FROM deliveries d
+LEFT JOIN route_overview o ON o.route = d.route
 WHERE queue_id = :id
 ORDER BY number;
 
@@ -55,7 +58,7 @@ SELECT * FROM queue_summary ORDER BY state, route;
 -- name: servers
 -- Outcomes by server in the last hour.
 SELECT server, attempts, delivered, deferred, rejected, unreachable, uncertain, interrupted,
-       bytes_sent, last_at, circuit_open_workers, circuit_open_reason, paused_at
+       bytes_sent, last_at, circuit_open_workers, circuit_open_reason, paused_at, waiting
 FROM server_health
 ORDER BY server;
 

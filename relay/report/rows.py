@@ -28,6 +28,7 @@ class DeliveryRow:
     number: int
     parent: int | None
     route: str
+    servers: str | None  # unfinished: those of its route today
     state: str
     due_at: datetime | None
     expires_at: datetime
