@@ -240,6 +240,13 @@ attempts = Table(
     PrimaryKeyConstraint("queue_id", "delivery", "claim", "attempt_index"),
     CheckConstraint(f"outcome IN ({literals(Outcome)})", name="outcome"),
     Index("attempts_finished_at", "finished_at", postgresql_using="brin"),
+    Index(
+        "attempts_uncertain",
+        "queue_id",
+        "delivery",
+        postgresql_where=text("outcome IN ('uncertain', 'malformed')"),
+        sqlite_where=text("outcome IN ('uncertain', 'malformed')"),
+    ),
     comment="attempts, each at one server",
 )
 
@@ -267,6 +274,7 @@ workers = Table(
     Column(
         "routes", Text, comment="the routes that it knows, JSON: a list of servers for each name"
     ),
+    Column("version", Text, comment="version of the program that it runs"),
     comment="worker processes and their leases",
 )
 

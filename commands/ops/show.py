@@ -1,4 +1,5 @@
-"""The commands that read the queue: `list`, `show`, `why`, `headers`, `body` and `stats`.
+"""The commands that read the queue: `show`, `why`, `headers`, `body` and `stats`. `list` is in
+`commands.ops.listing`.
 
 Everything is read through `relay.report.queries`, from the views that people also query by SQL.
 What must stay true: reading takes no lock, changes nothing, and creates no database.
@@ -32,7 +33,6 @@ from commands.output import (
     span,
     stamp,
     write,
-    write_lines,
 )
 from relay.db import engine as database
 from relay.queue.outcome import Outcome
@@ -74,6 +74,11 @@ def _columns(headings: str) -> Columns:
     return {heading.replace("_", " "): _cell(name or heading.lower()) for heading, name in pairs}
 
 
+def columns_of(*names: str) -> Columns:
+    """Columns with the names of the values in capitals."""
+    return {name.removesuffix("_at").replace("_", " ").upper(): _cell(name) for name in names}
+
+
 def circuit_of(row: Row) -> str:
     """Why nothing is sent to a server now; empty when it is sent to."""
     if row["paused_at"]:
@@ -109,7 +114,7 @@ _WORKERS: Columns = {
     "HOST": lambda row: f"{row['host']} {row['pid']}",
     **_columns("STARTED=started_at"),
     "LEASE": lambda row: ago(row["lease_expires_at"]) if row["alive"] else "expired",
-    **_columns("SENDING"),
+    **_columns("SENDING VERSION"),
 }
 OUTCOMES = ("delivered", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
 _SERVERS: Columns = {
@@ -184,27 +189,6 @@ def watched(
             sys.stdout.flush()
             pause(interval)
     return status
-
-
-def list_queue(filter_: Filter, *, everything: bool, limit: int | None, json_lines: bool) -> int:
-    """Print what matches, a row for each recipient; the exit status."""
-    with opened(load(Settings)) as engine:
-        queue = QueueReader(engine)
-        filter_ = resolved(queue, filter_)
-        if sys.stdout.isatty() and not json_lines:
-            rows = queue.rows(filter_, limit=limit, finished=everything, columns=LISTED)
-            count = write(rows, COLUMNS)
-        else:
-            lines = queue.lines(filter_, limit=limit, finished=everything, objects=json_lines)
-            count = write_lines(lines, json_lines=json_lines)
-    if count:
-        return DONE
-    everything = everything or filter_.is_history()
-    if filter_.shown():
-        say("no mail matches" if everything else "no unfinished mail matches; try --all")
-    else:
-        say("no mail is kept" if everything else "the queue is empty")
-    return NOTHING_MATCHED
 
 
 @dataclass(frozen=True, slots=True)

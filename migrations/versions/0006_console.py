@@ -1,7 +1,9 @@
-"""What an operator asks at night: the views anew.
+"""What an operator asks at night: the views anew, the uncertain attempts, the running versions.
 
-Times of the views carry their zone on SQLite, as they do on PostgreSQL. The views are dropped here,
-and `migrations.views` makes them when the newest revision has been reached.
+The views say what is paused and which servers mail is for, and their times carry their zone on
+SQLite too. They are dropped here, and `migrations.views` makes them when the newest revision has
+been reached. The index has only attempts with an unknown end, so an insert of another one does not
+touch it.
 """
 
 from alembic import op
@@ -15,10 +17,19 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Drop the views, which are made anew."""
-    drop_views(op.get_bind())
+    """Add the index and the column."""
+    connection = op.get_bind()
+    drop_views(connection)
+    connection.exec_driver_sql("ALTER TABLE workers ADD COLUMN version TEXT")
+    connection.exec_driver_sql(
+        "CREATE INDEX attempts_uncertain ON attempts (queue_id, delivery)"
+        " WHERE outcome IN ('uncertain', 'malformed')"
+    )
 
 
 def downgrade() -> None:
-    """Drop the views: they need columns that an older version lacks."""
-    drop_views(op.get_bind())
+    """Drop them; an older version makes its own views."""
+    connection = op.get_bind()
+    drop_views(connection)
+    connection.exec_driver_sql("DROP INDEX attempts_uncertain")
+    connection.exec_driver_sql("ALTER TABLE workers DROP COLUMN version")

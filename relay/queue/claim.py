@@ -39,6 +39,7 @@ from relay.queue.split import Splitter
 from relay.queue.states import State, successors
 from relay.settings import WorkerSettings
 from relay.spool.retention import deletable_bodies
+from relay.version import running_version
 
 type Key = tuple[str, int]
 # The other final states may have a DSN pending, which needs the body.
@@ -94,6 +95,7 @@ class WorkerQueue:
                 host=host,
                 pid=pid,
                 claim_seconds=round(self._far),
+                version=running_version(),
             )
 
     def retire(self, worker: str) -> None:

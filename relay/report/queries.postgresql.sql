@@ -120,7 +120,7 @@ SELECT subject, paused_at, actor, reason, deliveries FROM paused ORDER BY subjec
 -- All workers that have not ended, then the last that have.
 SELECT replace(CAST(w.id AS text), '-', '') AS id, w.host, w.pid, w.started_at, w.lease_expires_at,
        w.ended_at, w.end_reason, w.ended_at IS NULL AND w.lease_expires_at > now() AS alive,
-       coalesce(d.sending, 0) AS sending, w.claim_seconds, w.routes
+       coalesce(d.sending, 0) AS sending, w.claim_seconds, w.routes, w.version
 FROM workers w
 LEFT JOIN (
     SELECT worker, count(*) AS sending FROM deliveries WHERE state = 'sending' GROUP BY worker

@@ -116,6 +116,7 @@ class WorkerRow:
     sending: int
     claim_seconds: float | None
     routes: dict[str, list[str]] | None
+    version: str | None
 
 
 @dataclass(frozen=True, slots=True)

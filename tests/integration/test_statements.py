@@ -157,6 +157,7 @@ EXAMPLES: dict[str, Any] = {
     "under_4h": IDS[2],
     "under_5m": IDS[5],
     "until": "never",
+    "version": "1.2.3",
     "operation": "hold",
     "warned": True,
     "very_late": 3600.0,
