@@ -3,6 +3,13 @@
 -- `route_overview` are not public: other views and statements read them.
 
 -- name: drop_views
+DROP VIEW IF EXISTS mail_flow;
+DROP VIEW IF EXISTS reason_summary;
+DROP VIEW IF EXISTS domain_summary;
+DROP VIEW IF EXISTS worker_health;
+DROP VIEW IF EXISTS mail_actions;
+DROP VIEW IF EXISTS operator_actions;
+DROP VIEW IF EXISTS mail_attempts;
 DROP VIEW IF EXISTS mail_queue;
 DROP VIEW IF EXISTS mail_history;
 DROP VIEW IF EXISTS queue_summary;
@@ -147,22 +154,24 @@ SELECT server, count(outcome) AS attempts,
     coalesce(sum(bytes_sent), 0) AS bytes_sent,
     max(finished_at) AS last_at,
     count(why) AS circuit_open_workers, max(why) AS circuit_open_reason,
+    min(failing) AS failed_at,
     max(since) AS paused_at,
     CAST(sum(waiting) AS bigint) AS waiting
 FROM (
     SELECT server, outcome, bytes_sent, finished_at, CASE WHEN 1 = 0 THEN reply END AS why,
-        CASE WHEN 1 = 0 THEN finished_at END AS since, 0 AS waiting
+        CASE WHEN 1 = 0 THEN finished_at END AS since, 0 AS waiting,
+        CASE WHEN 1 = 0 THEN finished_at END AS failing
     FROM attempts
     WHERE finished_at > now() - interval '1 hour' AND server IS NOT NULL
     UNION ALL
-    SELECT c.server, NULL, NULL, NULL, c.why, NULL, 0
+    SELECT c.server, NULL, NULL, NULL, c.why, NULL, 0, c.since
     FROM open_circuits c JOIN workers w ON w.id = c.worker
     WHERE w.ended_at IS NULL
     UNION ALL
-    SELECT substr(subject, 8), NULL, NULL, NULL, NULL, since, 0
+    SELECT substr(subject, 8), NULL, NULL, NULL, NULL, since, 0, NULL
     FROM pauses WHERE substr(subject, 1, 7) = 'server:'
     UNION ALL
-    SELECT s.server, NULL, NULL, NULL, NULL, NULL, coalesce(w.waiting, 0)
+    SELECT s.server, NULL, NULL, NULL, NULL, NULL, coalesce(w.waiting, 0), NULL
     FROM route_servers s LEFT JOIN waiting_routes w ON w.route = s.route
 ) s
 GROUP BY server;
@@ -177,3 +186,83 @@ SELECT p.subject, p.since AS paused_at, p.actor, p.reason,
             WHERE s.route = w.route AND p.subject = 'server:' || s.server)
     ), 0) AS deliveries
 FROM pauses p;
+CREATE VIEW mail_attempts AS
+SELECT replace(CAST(a.queue_id AS text), '-', '') AS queue_id, a.queue_id AS queue_uuid, a.delivery,
+    d.route, a.claim, a.attempt_index, a.worker, a.server,
+    a.started_at AS started_at,
+    a.finished_at AS finished_at,
+    CAST(extract(epoch FROM a.finished_at - a.started_at) AS float8) AS seconds,
+    a.outcome, a.reply, a.bytes_sent
+FROM attempts a
+LEFT JOIN deliveries d ON d.queue_id = a.queue_id AND d.number = a.delivery;
+CREATE VIEW operator_actions AS
+SELECT a.id AS action_id,
+    a.at AS acted_at,
+    a.actor, a.operation, a.matched AS changed, a.filter, a.reason
+FROM audit a;
+CREATE VIEW mail_actions AS
+SELECT replace(CAST(t.queue_id AS text), '-', '') AS queue_id, t.queue_id AS queue_uuid, t.delivery,
+    t.audit_id AS action_id,
+    a.at AS acted_at,
+    a.actor, a.operation, a.reason
+FROM audit_deliveries t
+JOIN audit a ON a.id = t.audit_id;
+CREATE VIEW worker_health AS
+SELECT w.id AS worker, w.host, w.pid, w.version,
+    w.started_at AS started_at,
+    w.lease_expires_at AS lease_expires_at,
+    w.ended_at AS ended_at,
+    w.end_reason, w.ended_at IS NULL AND w.lease_expires_at > now() AS alive,
+    coalesce(d.sending, 0) AS sending
+FROM workers w
+LEFT JOIN (
+    SELECT worker, count(*) AS sending FROM deliveries WHERE state = 'sending' GROUP BY worker
+) d ON d.worker = w.id;
+CREATE VIEW domain_summary AS
+SELECT domain,
+    count(DISTINCT CAST(queue_uuid AS text) || '.' || delivery) AS deliveries,
+    count(*) AS recipients, min(received_at) AS oldest_at
+FROM mail_queue
+GROUP BY domain;
+-- `relay.report.masking` masks in the same way: a word with an @ is an address, and a word with a
+-- digit that is no status code is a number.
+CREATE VIEW reason_summary AS
+SELECT x.reason, CAST(sum(x.deliveries) AS bigint) AS deliveries,
+    CAST(sum(x.recipients) AS bigint) AS recipients, min(x.oldest_at) AS oldest_at
+FROM (
+    SELECT regexp_replace(
+            regexp_replace(r.reason, '[^ ]*@[^ ]*', '<address>', 'g'),
+            '(?<![^ ])(?!([245][0-9][0-9]|[245]\.[0-9]+\.[0-9]+)(?![^ ]))[^ ]*[0-9][^ ]*',
+            '#', 'g') AS reason,
+        r.deliveries, r.recipients, r.oldest_at
+    FROM (
+        SELECT coalesce(reason, '') AS reason,
+            count(DISTINCT CAST(queue_uuid AS text) || '.' || delivery) AS deliveries,
+            count(*) AS recipients, min(received_at) AS oldest_at
+        FROM mail_queue
+        GROUP BY 1
+    ) r
+) x
+GROUP BY x.reason;
+-- Deliveries that came and went in the last minutes, and how long the waiting ones take if nothing
+-- changes. An id begins with the time of smtpd's clock, so the index is read from 70 minutes ago.
+CREATE VIEW mail_flow AS
+SELECT f.minutes, f.received, f.finished, w.waiting,
+    CASE WHEN w.waiting = 0 THEN 0.0
+         WHEN f.finished > f.received
+         THEN CAST(w.waiting * f.minutes * 60.0 / (f.finished - f.received) AS float8)
+         END AS drain_seconds
+FROM (
+    SELECT p.minutes,
+        (SELECT count(*)
+         FROM messages m JOIN deliveries d ON d.queue_id = m.id AND d.parent IS NULL
+         WHERE m.id >= CAST(
+                lpad(to_hex(CAST(extract(epoch FROM now()) * 1000 AS bigint) - 4200000), 12, '0')
+                || repeat('0', 20) AS uuid)
+            AND m.received_at > now() - p.minutes * interval '1 minute') AS received,
+        (SELECT count(*) FROM attempts a
+         WHERE a.outcome IN ('delivered', 'rejected')
+            AND a.finished_at > now() - p.minutes * interval '1 minute') AS finished
+    FROM (SELECT 1 AS minutes UNION ALL SELECT 10 UNION ALL SELECT 60) p
+) f
+CROSS JOIN (SELECT CAST(coalesce(sum(waiting), 0) AS bigint) AS waiting FROM waiting_routes) w;

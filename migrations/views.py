@@ -17,6 +17,13 @@ VIEWS = {
     "mail_history": "all mail, also finished: one row for each recipient",
     "queue_summary": "deliveries by state and route",
     "server_health": "attempts of the last hour by server",
+    "mail_attempts": "attempts, each at one server",
+    "operator_actions": "operations of operators",
+    "mail_actions": "the deliveries that an operation changed",
+    "worker_health": "workers, and what they are sending",
+    "domain_summary": "unfinished mail by the domain of the recipient",
+    "reason_summary": "unfinished mail by its reason, masked",
+    "mail_flow": "what came, what went, and how long the rest takes",
     "paused": "routes and servers that operators have paused, and what waits",
     "route_servers": "the servers of each route, as the workers that are alive know them",
 }

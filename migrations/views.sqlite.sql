@@ -3,6 +3,13 @@
 -- `route_overview` are not public: other views and statements read them.
 
 -- name: drop_views
+DROP VIEW IF EXISTS mail_flow;
+DROP VIEW IF EXISTS reason_summary;
+DROP VIEW IF EXISTS domain_summary;
+DROP VIEW IF EXISTS worker_health;
+DROP VIEW IF EXISTS mail_actions;
+DROP VIEW IF EXISTS operator_actions;
+DROP VIEW IF EXISTS mail_attempts;
 DROP VIEW IF EXISTS mail_queue;
 DROP VIEW IF EXISTS mail_history;
 DROP VIEW IF EXISTS queue_summary;
@@ -166,23 +173,26 @@ SELECT server, count(outcome) AS attempts,
     datetime(max(finished_at) / 1000000, 'unixepoch') || '.' || substr(max(finished_at) / 1000, -3)
         || '+00:00' AS last_at,
     count(why) AS circuit_open_workers, max(why) AS circuit_open_reason,
+    datetime(min(failing) / 1000000, 'unixepoch') || '.' || substr(min(failing) / 1000, -3)
+        || '+00:00' AS failed_at,
     datetime(max(since) / 1000000, 'unixepoch') || '.' || substr(max(since) / 1000, -3)
         || '+00:00' AS paused_at,
     sum(waiting) AS waiting
 FROM (
     SELECT server, outcome, bytes_sent, finished_at, CASE WHEN 1 = 0 THEN reply END AS why,
-        CASE WHEN 1 = 0 THEN finished_at END AS since, 0 AS waiting
+        CASE WHEN 1 = 0 THEN finished_at END AS since, 0 AS waiting,
+        CASE WHEN 1 = 0 THEN finished_at END AS failing
     FROM attempts
     WHERE finished_at > (SELECT now FROM clock) - 3600 * 1000000 AND server IS NOT NULL
     UNION ALL
-    SELECT c.server, NULL, NULL, NULL, c.why, NULL, 0
+    SELECT c.server, NULL, NULL, NULL, c.why, NULL, 0, c.since
     FROM open_circuits c JOIN workers w ON w.id = c.worker
     WHERE w.ended_at IS NULL
     UNION ALL
-    SELECT substr(subject, 8), NULL, NULL, NULL, NULL, since, 0
+    SELECT substr(subject, 8), NULL, NULL, NULL, NULL, since, 0, NULL
     FROM pauses WHERE substr(subject, 1, 7) = 'server:'
     UNION ALL
-    SELECT s.server, NULL, NULL, NULL, NULL, NULL, coalesce(w.waiting, 0)
+    SELECT s.server, NULL, NULL, NULL, NULL, NULL, coalesce(w.waiting, 0), NULL
     FROM route_servers s LEFT JOIN waiting_routes w ON w.route = s.route
 ) s
 GROUP BY server;
@@ -198,3 +208,106 @@ SELECT p.subject, datetime(p.since / 1000000, 'unixepoch') || '.' || substr(p.si
             WHERE s.route = w.route AND p.subject = 'server:' || s.server)
     ), 0) AS deliveries
 FROM pauses p;
+CREATE VIEW mail_attempts AS
+SELECT replace(a.queue_id, '-', '') AS queue_id, a.queue_id AS queue_uuid, a.delivery,
+    d.route, a.claim, a.attempt_index, a.worker, a.server,
+    datetime(a.started_at / 1000000, 'unixepoch') || '.' || substr(a.started_at / 1000, -3)
+        || '+00:00' AS started_at,
+    datetime(a.finished_at / 1000000, 'unixepoch') || '.' || substr(a.finished_at / 1000, -3)
+        || '+00:00' AS finished_at,
+    (a.finished_at - a.started_at) / 1000000.0 AS seconds,
+    a.outcome, a.reply, a.bytes_sent
+FROM attempts a
+LEFT JOIN deliveries d ON d.queue_id = a.queue_id AND d.number = a.delivery;
+CREATE VIEW operator_actions AS
+SELECT a.id AS action_id,
+    datetime(a.at / 1000000, 'unixepoch') || '.' || substr(a.at / 1000, -3)
+        || '+00:00' AS acted_at,
+    a.actor, a.operation, a.matched AS changed, a.filter, a.reason
+FROM audit a;
+CREATE VIEW mail_actions AS
+SELECT replace(t.queue_id, '-', '') AS queue_id, t.queue_id AS queue_uuid, t.delivery,
+    t.audit_id AS action_id,
+    datetime(a.at / 1000000, 'unixepoch') || '.' || substr(a.at / 1000, -3)
+        || '+00:00' AS acted_at,
+    a.actor, a.operation, a.reason
+FROM audit_deliveries t
+JOIN audit a ON a.id = t.audit_id;
+CREATE VIEW worker_health AS
+SELECT w.id AS worker, w.host, w.pid, w.version,
+    datetime(w.started_at / 1000000, 'unixepoch') || '.' || substr(w.started_at / 1000, -3)
+        || '+00:00' AS started_at,
+    datetime(w.lease_expires_at / 1000000, 'unixepoch') || '.'
+        || substr(w.lease_expires_at / 1000, -3) || '+00:00' AS lease_expires_at,
+    datetime(w.ended_at / 1000000, 'unixepoch') || '.' || substr(w.ended_at / 1000, -3)
+        || '+00:00' AS ended_at,
+    w.end_reason, w.ended_at IS NULL AND w.lease_expires_at > (SELECT now FROM clock) AS alive,
+    coalesce(d.sending, 0) AS sending
+FROM workers w
+LEFT JOIN (
+    SELECT worker, count(*) AS sending FROM deliveries WHERE state = 'sending' GROUP BY worker
+) d ON d.worker = w.id;
+CREATE VIEW domain_summary AS
+SELECT domain,
+    count(DISTINCT queue_uuid || '.' || delivery) AS deliveries,
+    count(*) AS recipients, min(received_at) AS oldest_at
+FROM mail_queue
+GROUP BY domain;
+-- `relay.report.masking` masks in the same way: a word with an @ is an address, and a word with a
+-- digit that is no status code is a number. Each step masks a word and takes the next one.
+CREATE VIEW reason_summary AS
+WITH RECURSIVE r AS MATERIALIZED (
+    SELECT coalesce(reason, '') AS reason,
+        count(DISTINCT queue_uuid || '.' || delivery) AS deliveries, count(*) AS recipients,
+        min(received_at) AS oldest_at
+    FROM mail_queue
+    GROUP BY 1
+), w(reason, masked, word, rest) AS (
+    SELECT reason, '', substr(reason, 1, instr(reason || ' ', ' ') - 1),
+        substr(reason || ' ', instr(reason || ' ', ' ') + 1)
+    FROM r
+    UNION ALL
+    SELECT w.reason, w.masked || CASE WHEN w.word LIKE '%@%' THEN '<address>'
+        WHEN w.word NOT GLOB '*[0-9]*' OR w.word GLOB '[245][0-9][0-9]' THEN w.word
+        WHEN w.word GLOB '[245].[0-9]*.[0-9]*' AND w.word NOT GLOB '*[^0-9.]*'
+            AND length(w.word) - length(replace(w.word, '.', '')) = 2 THEN w.word
+        ELSE '#' END || ' ',
+        substr(w.rest, 1, instr(w.rest, ' ') - 1), substr(w.rest, instr(w.rest, ' ') + 1)
+    FROM w
+    WHERE w.rest <> ''
+), m AS MATERIALIZED (
+    SELECT w.reason, w.masked || CASE WHEN w.word LIKE '%@%' THEN '<address>'
+        WHEN w.word NOT GLOB '*[0-9]*' OR w.word GLOB '[245][0-9][0-9]' THEN w.word
+        WHEN w.word GLOB '[245].[0-9]*.[0-9]*' AND w.word NOT GLOB '*[^0-9.]*'
+            AND length(w.word) - length(replace(w.word, '.', '')) = 2 THEN w.word
+        ELSE '#' END AS masked
+    FROM w
+    WHERE w.rest = ''
+)
+SELECT m.masked AS reason, sum(r.deliveries) AS deliveries, sum(r.recipients) AS recipients,
+    min(r.oldest_at) AS oldest_at
+FROM r JOIN m ON m.reason = r.reason
+GROUP BY m.masked;
+-- Deliveries that came and went in the last minutes, and how long the waiting ones take if nothing
+-- changes. An id begins with the time of smtpd's clock, so the index is read from 70 minutes ago.
+CREATE VIEW mail_flow AS
+SELECT f.minutes, f.received, f.finished, w.waiting,
+    CASE WHEN w.waiting = 0 THEN 0.0
+         WHEN f.finished > f.received
+         THEN w.waiting * f.minutes * 60.0 / (f.finished - f.received)
+         END AS drain_seconds
+FROM (
+    SELECT p.minutes,
+        (SELECT count(*)
+         FROM messages m JOIN deliveries d ON d.queue_id = m.id AND d.parent IS NULL
+         WHERE m.id >= (
+                SELECT substr(x.h, 1, 8) || '-' || substr(x.h, 9, 4)
+                    || '-0000-0000-000000000000'
+                FROM (SELECT printf('%012x', (SELECT now FROM clock) / 1000 - 4200000) AS h) x)
+            AND m.received_at > (SELECT now FROM clock) - p.minutes * 60000000) AS received,
+        (SELECT count(*) FROM attempts a
+         WHERE a.outcome IN ('delivered', 'rejected')
+            AND a.finished_at > (SELECT now FROM clock) - p.minutes * 60000000) AS finished
+    FROM (SELECT 1 AS minutes UNION ALL SELECT 10 UNION ALL SELECT 60) p
+) f
+CROSS JOIN (SELECT coalesce(sum(waiting), 0) AS waiting FROM waiting_routes) w;

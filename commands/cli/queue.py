@@ -335,6 +335,34 @@ def stats(watch: Watch = None, local: Local = False, json_lines: Json = False) -
         return watched(watch, lambda: show_stats(json_lines=json_lines))
 
 
+@command(queue)
+def actions(
+    queue_id: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="Only those on this message.")
+    ] = None,
+    newer_than: Annotated[str | None, typer.Option(help="In the last 30s, 5m, 2h, 5d.")] = None,
+    actor: Annotated[
+        str | None, typer.Option(help="Only of this operator: user@host. * matches anything.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many lines.")] = None,
+    form: Format = None,
+    local: Local = False,
+    json_lines: Json = False,
+) -> int:
+    """Show what operators did: who, when, why, and to how many deliveries. Newest first."""
+    from commands.ops.actions import show_actions
+    from commands.output import local_times
+
+    with local_times(local):
+        return show_actions(
+            queue_id,
+            newer_than=length("--newer-than", newer_than),
+            actor=actor,
+            limit=limit,
+            form=form_of(form, json_lines=json_lines),
+        )
+
+
 def _operation(name: str, help_: str, *omitted: str) -> None:
     """Add the command for an operation of `relay.queue.operations`, without the omitted options."""
 

@@ -52,10 +52,10 @@ MAX_WORKERS = 50  # that a table shows
 _CELLS: dict[str, Callable[[Any], str]] = {
     **dict.fromkeys(("sender", "recipient"), lambda address: cut(address, 28)),
     **dict.fromkeys(("id", "queue_id"), lambda queue_id: str(queue_id[-ID_DIGITS:])),
-    **dict.fromkeys(("size", "bytes", "bytes_sent"), size),
+    **dict.fromkeys(("size", "bytes", "bytes_sent", "free_bytes", "total_bytes"), size),
     **dict.fromkeys((*AGES, "older"), lambda count: str(count or "")),
-    "started_at": stamp,
-    "oldest_seconds": span,
+    **dict.fromkeys(("started_at", "acted_at"), stamp),
+    **dict.fromkeys(("oldest_seconds", "drain_seconds"), span),
     "seconds": "{:.3f}s".format,
 }
 
@@ -126,6 +126,11 @@ _SUMMARY = _columns("STATE ROUTE DELIVERIES BYTES OLDEST=oldest_seconds OVERDUE 
 _PAUSES = _columns("PAUSED=subject SINCE=paused_at BY=actor DELIVERIES REASON")
 _RECEIVED = _columns("LAST_MINUTE LAST_HOUR BYTES")
 _RATES = _columns("OUTCOME LAST_MINUTE LAST_HOUR BYTES=bytes_sent MEAN=seconds")
+_FLOW = _columns("MINUTES IN=received OUT=finished WAITING DRAINED_IN=drain_seconds")
+_VERSIONS = _columns(
+    "VERSION SINCE=started_at WORKERS TRIES=attempts DELIVERED DEFERRED REJECTED FAILED UNCERTAIN"
+)
+_DISK = _columns("FREE=free_bytes SIZE=total_bytes DIRECTORY")
 _SLOWEST = _columns("ID=queue_id TOOK=seconds SERVER BYTES=bytes_sent OUTCOME REPLY")
 _AGES: Columns = {
     **_columns(
@@ -344,9 +349,19 @@ def show_body(end: str, *, header_only: bool) -> int:
     return DONE
 
 
+def disk_of(spool: Spool | None) -> list[Row]:
+    """The free space of the spool, if it is mounted here."""
+    if spool is None:
+        return []
+    disk = os.statvfs(spool.directory)
+    free, total = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+    return [{"directory": str(spool.directory), "free_bytes": free, "total_bytes": total}]
+
+
 def show_stats(*, json_lines: bool) -> int:
-    """Print counts, ages, workers, servers, pauses and rates; the exit status."""
-    with opened(load(Settings)) as engine:
+    """Print counts, ages, workers, servers, pauses, rates and disk; the exit status."""
+    settings = load(Settings)
+    with opened(settings) as engine:
         queue = QueueReader(engine)
         statistics = Statistics(engine)
         workers = [asdict(row) for row in queue.workers() if row.ended_at is None]
@@ -356,6 +371,9 @@ def show_stats(*, json_lines: bool) -> int:
             ("worker", "workers", workers, _WORKERS),
             ("server", "servers", queue.read("servers"), _SERVERS),
             ("pause", "pauses", queue.read("paused"), _PAUSES),
+            ("flow", "deliveries in and out", statistics.read("flow"), _FLOW),
+            ("disk", "disk of the spool", disk_of(mounted_spool(settings, queue)), _DISK),
+            ("version", "tries of the last day by version", statistics.read("versions"), _VERSIONS),
             ("received", "received messages", [statistics.received()], _RECEIVED),
             ("rate", "tries of the last hour", statistics.read("rates"), _RATES),
             (

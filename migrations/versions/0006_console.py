@@ -20,7 +20,9 @@ def upgrade() -> None:
     """Add the index and the column."""
     connection = op.get_bind()
     drop_views(connection)
+    instant = "BIGINT" if connection.dialect.name == "sqlite" else "TIMESTAMP WITH TIME ZONE"
     connection.exec_driver_sql("ALTER TABLE workers ADD COLUMN version TEXT")
+    connection.exec_driver_sql(f"ALTER TABLE open_circuits ADD COLUMN since {instant}")
     connection.exec_driver_sql(
         "CREATE INDEX attempts_uncertain ON attempts (queue_id, delivery)"
         " WHERE outcome IN ('uncertain', 'malformed')"
@@ -32,4 +34,5 @@ def downgrade() -> None:
     connection = op.get_bind()
     drop_views(connection)
     connection.exec_driver_sql("DROP INDEX attempts_uncertain")
+    connection.exec_driver_sql("ALTER TABLE open_circuits DROP COLUMN since")
     connection.exec_driver_sql("ALTER TABLE workers DROP COLUMN version")

@@ -101,10 +101,10 @@ class Filter:
         if self.reply is not None:  # a pause hides the last reply in `reason`
             likes = [f"{c} {spelling.like} :reply ESCAPE '\\'" for c in ("reason", "last_reply")]
             parts.append(f"({' OR '.join(likes)})")
-            parameters["reply"] = _like(f"*{self.reply}*")
+            parameters["reply"] = like(f"*{self.reply}*")
         if self.server is not None:
             parts.append(_for_server(self.server, spelling))
-            parameters["server"] = _like(self.server) if "*" in self.server else self.server
+            parameters["server"] = like(self.server) if "*" in self.server else self.server
         return " AND ".join(parts), parameters
 
     def _outcomes(self, parameters: dict[str, Any]) -> Iterator[str]:
@@ -163,7 +163,7 @@ def _text(
     """The condition for a field that is one text; its parameters are added."""
     parameters[field] = value
     if "*" in value:
-        parameters[field] = _like(value)
+        parameters[field] = like(value)
         return f"{column} {spelling.like} :{field} ESCAPE '\\'"
     if field in ("sender", "recipient"):
         whole, least, beyond = spelled(value)
@@ -206,7 +206,8 @@ def _for_server(server: str, spelling: Spelling) -> str:
     return f"(server {matches} OR (state IN ({literals(UNFINISHED)}) AND route IN ({routes})))"
 
 
-def _like(pattern: str) -> str:
+def like(pattern: str) -> str:
+    """A pattern with `*` as LIKE takes it, escaped by a backslash."""
     return re.sub(r"([\\%_])", r"\\\1", pattern).replace("*", "%")
 
 

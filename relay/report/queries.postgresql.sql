@@ -60,7 +60,8 @@ SELECT * FROM queue_summary ORDER BY state, route;
 -- Python.
 SELECT server, attempts, delivered, deferred, rejected, unreachable, uncertain, interrupted,
        CAST(bytes_sent AS bigint) AS bytes_sent, last_at, circuit_open_workers,
-       circuit_open_reason, paused_at, waiting
+       circuit_open_reason, failed_at, paused_at,
+       waiting
 FROM server_health
 ORDER BY server;
 
@@ -168,3 +169,12 @@ FROM messages
 WHERE id <= CAST(:after AS uuid)
 ORDER BY messages.id DESC
 LIMIT 1 OFFSET :skip;
+
+-- name: actions
+-- What operators did, the newest first; of everybody, or of those whose name is like :actor.
+SELECT a.at AS acted_at, a.actor, a.operation, a.matched AS changed, a.filter, a.reason
+FROM audit a
+WHERE a.at > now() - :seconds * interval '1 second'
+  AND a.actor LIKE :actor ESCAPE '\'
+ORDER BY a.at DESC, a.id DESC
+LIMIT :most;

@@ -58,7 +58,8 @@ SELECT * FROM queue_summary ORDER BY state, route;
 -- name: servers
 -- Outcomes by server in the last hour.
 SELECT server, attempts, delivered, deferred, rejected, unreachable, uncertain, interrupted,
-       bytes_sent, last_at, circuit_open_workers, circuit_open_reason, paused_at, waiting
+       bytes_sent, last_at, circuit_open_workers, circuit_open_reason, failed_at, paused_at,
+       waiting
 FROM server_health
 ORDER BY server;
 
@@ -163,3 +164,12 @@ FROM messages
 WHERE id <= :after
 ORDER BY messages.id DESC
 LIMIT 1 OFFSET :skip;
+
+-- name: actions
+-- What operators did, the newest first; of everybody, or of those whose name is like :actor.
+SELECT a.at AS acted_at, a.actor, a.operation, a.matched AS changed, a.filter, a.reason
+FROM audit a
+WHERE a.at > (SELECT now FROM clock) - CAST(:seconds * 1000000 AS INTEGER)
+  AND a.actor LIKE :actor ESCAPE '\'
+ORDER BY a.at DESC, a.id DESC
+LIMIT :most;

@@ -173,6 +173,7 @@ OWN_TEXT = {("relay.report.queries", "view_definition")}
 OWN_EXAMPLES: dict[str, dict[str, Any]] = {
     "relay.dsn.generator": {"id": IDS[2 * list(State).index(State.BOUNCED)]},
     "relay.queue.claim": {"id": IDS[2 * list(State).index(State.SPLIT)]},
+    "relay.report.queries": {"actor": "m%"},
     "relay.queue.split": {"id": IDS[2 * list(State).index(State.HELD)]},
 }
 
@@ -253,7 +254,7 @@ def _fill(engine: Engine, connection: Connection, after: str) -> None:
         worker=WORKER,
     )
     run("INSERT INTO pauses VALUES ('route:other', after(0), 'me', 'why')")
-    run("INSERT INTO open_circuits VALUES (:worker, 'mx:628', 'why')", worker=WORKER)
+    run("INSERT INTO open_circuits VALUES (:worker, 'mx:628', 'why', after(-60))", worker=WORKER)
     run("INSERT INTO dsn_limits VALUES ('a@example.com', after(-100))")
     run(
         "INSERT INTO audit VALUES (:action, after(0), 'me', 'hold', 'why', '--all', 1)",
