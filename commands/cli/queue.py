@@ -336,6 +336,23 @@ def stats(watch: Watch = None, local: Local = False, json_lines: Json = False) -
 
 
 @command(queue)
+def problems(
+    nagios: Annotated[
+        bool, typer.Option("--nagios", help="One line, and the exit statuses of Nagios.")
+    ] = False,
+    form: Format = None,
+    watch: Watch = None,
+    json_lines: Json = False,
+) -> int:
+    """Show what is wrong now, and the next command to type. Exits with status 1 if anything is."""
+    from commands.ops.problems import show_problems
+    from commands.ops.show import watched
+
+    shown = form_of(form, json_lines=json_lines)
+    return watched(watch, lambda: show_problems(form=shown, nagios=nagios))
+
+
+@command(queue)
 def actions(
     queue_id: Annotated[
         str | None, typer.Argument(metavar="[ID]", help="Only those on this message.")

@@ -158,6 +158,8 @@ READING = [
     "headers x",
     "body x",
     "stats",
+    "problems",
+    "actions",
     "retry --all",
     "hold --all",
     "release --all",

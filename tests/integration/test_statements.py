@@ -136,6 +136,7 @@ EXAMPLES: dict[str, Any] = {
     "server": "192.0.2.1:628",
     "since": IDS[0],
     "skip": 3,
+    "soon": 100_000_000.0,
     "slack": 60.0,
     "step": 300,
     "subject": "route:default",
@@ -174,6 +175,7 @@ OWN_EXAMPLES: dict[str, dict[str, Any]] = {
     "relay.dsn.generator": {"id": IDS[2 * list(State).index(State.BOUNCED)]},
     "relay.queue.claim": {"id": IDS[2 * list(State).index(State.SPLIT)]},
     "relay.report.queries": {"actor": "m%"},
+    "relay.report.problems": {"least": 1, "slack": 0.0},
     "relay.queue.split": {"id": IDS[2 * list(State).index(State.HELD)]},
 }
 
