@@ -167,8 +167,8 @@ def test_every_interface_shows_the_same_ages_and_delays(console: Console) -> Non
     assert dialect.postgresql or all("." in at for at in oldest.values())
 
 
-def test_the_twenty_questions_are_answered(console: Console) -> None:
-    """The questions are those of docs/inspect.md; the scenario has the answers."""
+def test_the_twenty_further_questions_are_answered(console: Console) -> None:
+    """The further questions are those of docs/inspect.md; the scenario has the answers."""
     created, recipients = console.scenario, console.scenario.recipients
     ids = {state: set(some) for state, some in created.ids.items()}
     unfinished = sorted(i for state in UNFINISHED for i in created.ids[state])
