@@ -29,7 +29,7 @@ from reception.trace import date, received_field, separate
 from relay import metrics
 from relay.db.group_commit import CommitUnknown
 from relay.ids import new_id
-from relay.log import get_logger
+from relay.log import get_logger, named
 from relay.queue.accept import NewMessage, NewRecipient
 from relay.settings import SmtpdSettings
 from relay.spool.store import BodyWriter, Spool
@@ -274,7 +274,9 @@ class Reception:
             id=self.id,
             client=self._client.address,
             sender=self._envelope.sender,
+            to=named(one.address for one in self._envelope.recipients),
             recipients=len(self._envelope.recipients),
+            message_id=self._header_message_id,
             size=self._size,
             ms=round((now - self._started) * 1000, 1),
             **late,
