@@ -31,6 +31,7 @@ from relay.metrics_server import listen
 from relay.queue.states import UNFINISHED
 from relay.settings import Settings
 from relay.spool.store import Spool
+from relay.version import running_version
 
 log = get_logger(__name__)
 MIN_INTERVAL = 5.0  # seconds between two reads of the database
@@ -63,6 +64,10 @@ HINTS = Counter("relay_hints", "hints published", ["queue"])
 HINTS_REFUSED = Counter(
     "relay_hints_refused", "entries of the broker's lists that are not hints", ["queue"]
 )
+BUILD_INFO = Gauge("relay_build_info", "1; the label has the version that runs", ["version"])
+OUTCOMES = Counter(
+    "relay_outcomes", "deliveries that a worker tried, by what became of them", ["route", "outcome"]
+)
 ATTEMPTS = Counter("relay_attempts", "attempts at a server", ["server", "outcome"])
 SENT_BYTES = Counter("relay_sent_bytes", "bytes of QMQP requests sent")
 DELIVERY_SECONDS = Histogram(
@@ -82,6 +87,7 @@ CIRCUIT_OPEN = Gauge(
 )
 
 attempts, hints = cache(ATTEMPTS.labels), cache(HINTS.labels)
+outcomes = cache(OUTCOMES.labels)
 
 
 @cache
@@ -106,12 +112,13 @@ def refused(reply: str) -> None:
 
 class StateCount(NamedTuple):
     """The deliveries in one state. `paused`: those behind a pause, which are neither `overdue` nor
-    in `age`, that of the oldest message in seconds."""
+    in `age`, that of the oldest message in seconds. `expiring`: those that wait and expire soon."""
 
     state: str
     deliveries: int
     overdue: int
     paused: int
+    expiring: int
     age: float
 
 
@@ -180,7 +187,8 @@ class QueueMetrics(Collector):
             states, waiting = self._counts(connection)
             totals = self._queries.run(connection, "totals").one()
             paused = dict(self._queries.run(connection, "paused").all())
-        unfinished = [states.get(state, StateCount(state, 0, 0, 0, 0.0)) for state in UNFINISHED]
+            failing = dict(self._queries.run(connection, "failing").all())
+        unfinished = [states.get(state, StateCount(state, 0, 0, 0, 0, 0.0)) for state in UNFINISHED]
         pending = sum(row.deliveries for row in states.values() if row.state not in UNFINISHED)
         return [
             _gauge(*_UP, 1),
@@ -208,6 +216,12 @@ class QueueMetrics(Collector):
                 {row.state: row.age for row in unfinished},
                 "state",
             ),
+            _gauge(
+                "expiring_soon",
+                "queued and deferred deliveries that expire in less than six hours",
+                sum(row.expiring for row in unfinished),
+            ),
+            _gauge("failing_seconds", "since when a server has an open circuit", failing, "server"),
             _gauge(
                 "waiting", "deliveries that wait for a server of their route", waiting, "server"
             ),
@@ -249,6 +263,7 @@ def serve(settings: Settings, *collectors: Collector) -> Callable[[], None]:
     and nothing is served.
     """
     in_use = []
+    BUILD_INFO.labels(running_version()).set(1)
     for host, port in settings.metrics_listen:
         try:
             server = listen(host, port)

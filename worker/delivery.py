@@ -455,6 +455,8 @@ def log_outcome(task: DeliveryTask, completion: Completion) -> None:
     seconds = time.monotonic() - task.started
     if completion.state is State.DELIVERED:
         metrics.DELIVERY_SECONDS.observe(task.claim.received_ago + seconds)
+    if completion.outcome is not None:
+        metrics.outcomes(task.claim.route, completion.outcome).inc()
     event = "requeued" if completion.state is State.QUEUED else str(completion.state)
     if completion.outcome in (Outcome.UNCERTAIN, Outcome.MALFORMED):
         event = str(completion.outcome)

@@ -101,6 +101,9 @@ def test_outcomes_are_logged_with_recipients_route_and_attempt(harness_with: Ope
     assert outcomes[0]["to"] == outcomes[1]["to"] == many[:10]
     assert outcomes[2]["to"] == ["x@example.org"]
     assert {log["route"] for log in outcomes} == {"default"}
+    for outcome in ("deferred", "delivered", "rejected"):
+        labels = {"route": "default", "outcome": outcome}
+        assert (REGISTRY.get_sample_value("relay_outcomes_total", labels) or 0) >= 1
 
 
 def test_hints_get_capacity_of_any_route(harness_with: Open, sink: Sink, tmp_path: Path) -> None:
