@@ -257,6 +257,17 @@ def test_address_is_found_by_its_index(queue: QueueHarness) -> None:
         assert re.search(rf"{index}\b.*(~>=~|>\?)", plan), plan
 
 
+def test_uncertain_mail_is_found_by_its_index(queue: QueueHarness) -> None:
+    queue.complete(queue.claim(queue.accept())[0], Outcome.UNCERTAIN)
+    explain = "EXPLAIN" if queue.dialect.postgresql else "EXPLAIN QUERY PLAN"
+    sql, given = QueueReader(queue.database).listing(
+        "*", Filter(uncertain=True), limit=50, finished=True
+    )
+    with reading(queue.database) as connection:
+        plan = str(connection.execute(text(f"{explain} {sql}"), given).all())
+    assert "attempts_uncertain" in plan, plan
+
+
 def test_server_filter_takes_the_spelling_of_pause(queue: QueueHarness, typed: Typed) -> None:
     queue_id = queue.accept()
     queue.complete(queue.claim(queue_id)[0], Outcome.DEFERRED, server="127.0.0.1:628")
