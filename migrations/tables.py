@@ -469,7 +469,8 @@ VIEW_COLUMNS = {
         "oldest_at": "when the oldest was received",
     },
     "reason_summary": {
-        "reason": "reason of unfinished mail, with addresses, ids and numbers masked",
+        "reason": "reason of unfinished mail, with addresses, ids and numbers masked; that of a"
+        " pause as it is",
         "deliveries": "how many unfinished deliveries have it",
         "recipients": "how many recipients these have",
         "oldest_at": "when the oldest was received",

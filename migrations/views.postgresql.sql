@@ -225,22 +225,22 @@ SELECT domain,
 FROM mail_queue
 GROUP BY domain;
 -- `relay.report.masking` masks in the same way: a word with an @ is an address, and a word with a
--- digit that is no status code is a number.
+-- digit that is no status code is a number. The reason of a pause is shown as it is.
 CREATE VIEW reason_summary AS
 SELECT x.reason, CAST(sum(x.deliveries) AS bigint) AS deliveries,
     CAST(sum(x.recipients) AS bigint) AS recipients, min(x.oldest_at) AS oldest_at
 FROM (
-    SELECT regexp_replace(
+    SELECT CASE WHEN r.paused THEN r.reason ELSE regexp_replace(
             regexp_replace(r.reason, '[^ ]*@[^ ]*', '<address>', 'g'),
             '(?<![^ ])(?!([245][0-9][0-9]|[245]\.[0-9]+\.[0-9]+)(?![^ ]))[^ ]*[0-9][^ ]*',
-            '#', 'g') AS reason,
+            '#', 'g') END AS reason,
         r.deliveries, r.recipients, r.oldest_at
     FROM (
-        SELECT coalesce(reason, '') AS reason,
+        SELECT coalesce(reason, '') AS reason, paused_at IS NOT NULL AS paused,
             count(DISTINCT CAST(queue_uuid AS text) || '.' || delivery) AS deliveries,
             count(*) AS recipients, min(received_at) AS oldest_at
         FROM mail_queue
-        GROUP BY 1
+        GROUP BY 1, 2
     ) r
 ) x
 GROUP BY x.reason;

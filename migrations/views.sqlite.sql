@@ -254,18 +254,20 @@ SELECT domain,
 FROM mail_queue
 GROUP BY domain;
 -- `relay.report.masking` masks in the same way: a word with an @ is an address, and a word with a
--- digit that is no status code is a number. Each step masks a word and takes the next one.
+-- digit that is no status code is a number. The reason of a pause is shown as it is. Each step
+-- masks a word and takes the next one.
 CREATE VIEW reason_summary AS
 WITH RECURSIVE r AS MATERIALIZED (
-    SELECT coalesce(reason, '') AS reason,
+    SELECT coalesce(reason, '') AS reason, paused_at IS NOT NULL AS paused,
         count(DISTINCT queue_uuid || '.' || delivery) AS deliveries, count(*) AS recipients,
         min(received_at) AS oldest_at
     FROM mail_queue
-    GROUP BY 1
+    GROUP BY 1, 2
 ), w(reason, masked, word, rest) AS (
     SELECT reason, '', substr(reason, 1, instr(reason || ' ', ' ') - 1),
         substr(reason || ' ', instr(reason || ' ', ' ') + 1)
     FROM r
+    WHERE NOT paused
     UNION ALL
     SELECT w.reason, w.masked || CASE WHEN w.word LIKE '%@%' THEN '<address>'
         WHEN w.word NOT GLOB '*[0-9]*' OR w.word GLOB '[245][0-9][0-9]' THEN w.word
@@ -284,10 +286,10 @@ WITH RECURSIVE r AS MATERIALIZED (
     FROM w
     WHERE w.rest = ''
 )
-SELECT m.masked AS reason, sum(r.deliveries) AS deliveries, sum(r.recipients) AS recipients,
-    min(r.oldest_at) AS oldest_at
-FROM r JOIN m ON m.reason = r.reason
-GROUP BY m.masked;
+SELECT coalesce(m.masked, r.reason) AS reason, sum(r.deliveries) AS deliveries,
+    sum(r.recipients) AS recipients, min(r.oldest_at) AS oldest_at
+FROM r LEFT JOIN m ON m.reason = r.reason AND NOT r.paused
+GROUP BY 1;
 -- Deliveries that came and went in the last minutes, and how long the waiting ones take if nothing
 -- changes. An id begins with the time of smtpd's clock, so the index is read from 70 minutes ago.
 CREATE VIEW mail_flow AS

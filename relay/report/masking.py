@@ -2,8 +2,8 @@
 
 A word with an @ is an address, and a word with a digit is a number, an id or a host. Status codes
 stay, because they say what happened: `451 4.7.1 try again in 300 seconds` becomes `451 4.7.1 try
-again in # seconds`. What must stay true: the view `reason_summary` masks in the same way on both
-databases.
+again in # seconds`. Callers do not mask the reason of a pause, because it names an operator. What
+must stay true: the view `reason_summary` masks in the same way on both databases.
 """
 
 import re

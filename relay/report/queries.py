@@ -185,20 +185,22 @@ class QueueReader(Reader):
         """How many deliveries and recipients have each value of a key of COUNT_KEYS, most first.
 
         A row has the key's name, `deliveries`, `recipients` and `oldest_at`. Unfinished mail counts
-        under each server of its route, finished mail under its last one. Reasons are masked.
+        under each server of its route, finished mail under its last one. Reasons are masked, but
+        not those of pauses, which name an operator.
         """
         view, where, parameters = self._selected(filter_, finished)
         column, source = COUNT_KEYS[key], f"(SELECT * FROM {view} AS v WHERE {where}) AS v"
         if key == "server":
             source += " LEFT JOIN route_servers s ON s.route = v.route AND v.finished_at IS NULL"
-        sql = f"""SELECT {column} AS counted, count(*) AS recipients,
+        sql = f"""SELECT {column} AS counted, v.paused_at IS NOT NULL AS paused,
+                count(*) AS recipients,
                 count(DISTINCT CAST(v.queue_uuid AS text) || '.' || v.delivery) AS deliveries,
                 min(v.received_at) AS oldest_at
-            FROM {source} GROUP BY 1"""
+            FROM {source} GROUP BY 1, 2"""
         groups: dict[str, dict[str, Any]] = {}
         for row in self.select(sql, parameters):
             value = str(row["counted"] or "")
-            value = masked(value) if key == "reason" else value
+            value = masked(value) if key == "reason" and not row["paused"] else value
             group = groups.setdefault(
                 value, {key: value, "deliveries": 0, "recipients": 0, "oldest_at": row["oldest_at"]}
             )

@@ -39,6 +39,14 @@ def test_reasons_are_masked_as_by_the_command(queue: QueueHarness, typed: Typed)
     assert (counts[masked(REASONS[0])], counts[""]) == ((2, 2), (1, 2))
     shown = lines(typed("list", "--count-by", "reason", "--json"))
     assert {row["reason"]: (row["deliveries"], row["recipients"]) for row in shown} == counts
+    QueueOperations(queue.database, sends_dsns=True).pause(
+        "route:default", actor="ann@host", reason="ticket 812"
+    )
+    (row,) = queue.rows("SELECT * FROM reason_summary")
+    assert (row["reason"], int(row["deliveries"])) == ("paused by ann@host: ticket 812", 8)
+    counts = {row["reason"]: (8, 9)}
+    shown = lines(typed("list", "--count-by", "reason", "--json"))
+    assert {row["reason"]: (row["deliveries"], row["recipients"]) for row in shown} == counts
 
 
 def test_domains_are_counted(queue: QueueHarness) -> None:
