@@ -1060,7 +1060,9 @@ class Program:
     def send(self, *recipients: str, lines: int = 1) -> None:
         with smtplib.SMTP("127.0.0.1", self.port) as client:
             client.sendmail(
-                "a@example.com", recipients, b"Subject: x\r\n\r\n" + b"body\r\n" * lines
+                "a@example.com",
+                recipients,
+                b"Subject: x\r\nMessage-ID: <1@example.com>\r\n\r\n" + b"body\r\n" * lines,
             )
 
 
@@ -1097,6 +1099,8 @@ def test_C24_the_program_accepts_mail_without_a_broker_and_stops_on_sigterm(
         2,
         "127.0.0.1",
     )
+    assert accepted["to"] == ["b@example.org", "c@example.org"]
+    assert accepted["message_id"] == "<1@example.com>"
     program.process.send_signal(signal.SIGTERM)
     assert program.process.wait(20) == 0
 
