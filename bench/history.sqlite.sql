@@ -18,16 +18,16 @@ INSERT INTO numbers
             ELSE 'deferred' END,
         CASE state WHEN 'delivered' THEN 'ok ' || n
             ELSE '451 4.7.1 recipient' || n || '@example.org is greylisted, come back later' END,
-        '192.0.2.' || n % 4 || ':628'
+        '192.0.2.' || (n % 4) || ':628'
     FROM messages;
 INSERT INTO messages (id, sender, size, received_at, client_address, helo, protocol,
     header_message_id)
-    SELECT id, 'sender' || n % 1000 || '@example.com', 4096, arrival, '192.0.2.1',
+    SELECT id, 'sender' || (n % 1000) || '@example.com', 4096, arrival, '192.0.2.1',
         'client.example.com', 'ESMTP',
         '<' || n || '@client.example.com>'
     FROM numbers;
 INSERT INTO recipients (queue_id, position, address, delivery)
-    SELECT id, 1, 'recipient' || n || '@d' || n % 97 || '.example.org', 1 FROM numbers;
+    SELECT id, 1, 'recipient' || n || '@d' || (n % 97) || '.example.org', 1 FROM numbers;
 INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at, claim_count,
     last_outcome, last_reply,
         reason_source, last_server, finished_at)

@@ -1,14 +1,18 @@
-"""How rows are printed: a table on a terminal, tab-separated text in a pipe, NDJSON with --json.
+"""How rows are printed: a table on a terminal, tab-separated text in a pipe, or as --format says.
 
 Rows are printed as they come: a table takes its widths from the first SAMPLE rows. Only the table
-shortens values. What must stay true: no text of a peer controls the terminal.
+shortens values. A time has its zone: UTC, or within `local_times` that of this machine. What must
+stay true: no text of a peer controls the terminal.
 """
 
+import csv
 import functools
 import json
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from itertools import chain, islice
 
@@ -17,8 +21,11 @@ from relay.report.rows import Row
 type Columns = Mapping[str, Callable[[Row], str]]
 SAMPLE = 200
 OPTIONAL = ("SIZE", "SENDER")  # columns that a narrow terminal omits, in this order
+SPARE = "FOR"  # a column that is shown only where it does not push the last one below the others
 # The last column goes below the others if it would have fewer columns than this, and needs more.
 MIN_LAST = 20
+UNLIMITED = 1 << 16  # columns of a table that is not folded
+_LOCAL = ContextVar("local times", default=False)
 BATCH = 50  # rows of a table written at once: a write costs more than a row
 
 
@@ -75,9 +82,23 @@ def due(when: datetime | None) -> str:
     return f"{text} late" if text and not text.startswith("in ") else text
 
 
+@contextmanager
+def local_times(wanted: bool) -> Iterator[None]:
+    """Within it times for people have the zone of this machine, if that is wanted."""
+    before = _LOCAL.set(wanted)
+    try:
+        yield
+    finally:
+        _LOCAL.reset(before)
+
+
 def stamp(when: datetime | None) -> str:
-    """A time in the local zone, to the second; empty for None."""
-    return when.astimezone().strftime("%Y-%m-%d %H:%M:%S") if when else ""
+    """A time to the second with its zone: `2026-11-22 19:49:00Z`, or local as
+    `2026-11-22 20:49:00+01:00`; empty for None."""
+    if when is None:
+        return ""
+    zoned = when.astimezone(None if _LOCAL.get() else UTC)
+    return zoned.isoformat(" ", "seconds").replace("+00:00", "Z")
 
 
 def plain(text: str) -> str:
@@ -102,20 +123,29 @@ def _plain(value: object) -> object:
 as_json: Callable[[Row], str] = json.JSONEncoder(default=_plain).encode
 
 
-def write(rows: Iterable[Row], columns: Columns, *, json_lines: bool = False) -> int:
-    """Print rows and return their number. `columns` are those of the table."""
-    if sys.stdout.isatty() and not json_lines:
+def write(
+    rows: Iterable[Row], columns: Columns, *, json_lines: bool = False, form: str | None = None
+) -> int:
+    """Print rows and return their number. `columns` are those of the table.
+
+    `form`: table, json, csv or tsv; without it a table on a terminal, and tsv elsewhere.
+    """
+    form = form or ("json" if json_lines else "table" if sys.stdout.isatty() else "tsv")
+    if form == "table":
         return _table(iter(rows), columns)
+    csv_writer = csv.writer(sys.stdout, lineterminator="\n")
     count = 0
     for count, row in enumerate(rows, 1):
-        if json_lines:
+        if form == "json":
             sys.stdout.write(as_json(row) + "\n")
             continue
         if count == 1:
-            sys.stdout.write("\t".join(row) + "\n")
-        sys.stdout.write(
-            "\t".join(plain(str(_plain(value)).replace("\t", " ")) for value in row.values()) + "\n"
-        )
+            sys.stdout.write(("," if form == "csv" else "\t").join(row) + "\n")
+        cells = [plain(str(_plain(value)).replace("\t", " ")) for value in row.values()]
+        if form == "csv":
+            csv_writer.writerow(cells)
+        else:
+            sys.stdout.write("\t".join(cells) + "\n")
     return count
 
 
@@ -146,17 +176,20 @@ def _table(rows: Iterator[Row], columns: Columns) -> int:
     first = list(islice(rows, SAMPLE))
     if not first:
         return 0
-    width = shutil.get_terminal_size().columns
+    width = _width()
     widest = {
         name: max(len(name), *(len(plain(of(row))) for row in first)) + 2
         for name, of in columns.items()
     }
     *fixed, last = columns
+    least = min(MIN_LAST, widest[last] - 2)
+    if sum(widest[name] for name in fixed) + least > width:
+        fixed = [name for name in fixed if name != SPARE]
     for optional in OPTIONAL:
         if sum(widest[name] for name in fixed) > width:
             fixed = [name for name in fixed if name != optional]
     indent = sum(widest[name] for name in fixed)
-    below = indent + min(MIN_LAST, widest[last] - 2) > width
+    below = indent + least > width
     cells = "".join(f"%-{widest[name]}s" for name in fixed)
     forms = [columns[name] for name in fixed]
     count, lines = 0, [(cells % tuple(fixed) + last).rstrip()]
@@ -176,6 +209,11 @@ def _table(rows: Iterator[Row], columns: Columns) -> int:
     if lines:
         sys.stdout.write("\n".join(lines) + "\n")
     return count
+
+
+def _width() -> int:
+    """The columns of the terminal. Without one a table is not folded, so that a row is a line."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else UNLIMITED
 
 
 def folded(text: str, indent: int, width: int) -> str:

@@ -244,6 +244,13 @@ attempts = Table(
     PrimaryKeyConstraint("queue_id", "delivery", "claim", "attempt_index"),
     CheckConstraint(f"outcome IN ({literals(Outcome)})", name="outcome"),
     Index("attempts_finished_at", "finished_at", postgresql_using="brin"),
+    Index(
+        "attempts_uncertain",
+        "queue_id",
+        "delivery",
+        postgresql_where=text("outcome IN ('uncertain', 'malformed')"),
+        sqlite_where=text("outcome IN ('uncertain', 'malformed')"),
+    ),
     comment="attempts, each at one server",
 )
 
@@ -271,6 +278,7 @@ workers = Table(
     Column(
         "routes", Text, comment="the routes that it knows, JSON: a list of servers for each name"
     ),
+    Column("version", Text, comment="version of the program that it runs"),
     comment="worker processes and their leases",
 )
 
@@ -323,6 +331,7 @@ open_circuits = Table(
         nullable=False,
         comment="reply of the server, or the reason that the relay gave, at the last failure",
     ),
+    Column("since", Instant, comment="when the circuit opened; empty: before this column"),
     PrimaryKeyConstraint("worker", "server"),
     comment="circuits that are open in a worker; rows of ended workers do not count",
 )
@@ -400,26 +409,30 @@ _RECIPIENT_COLUMNS: dict[str, str] = {
     "state": "state of the delivery; docs/inspect.md lists the states",
     "sender": "envelope sender; empty: the null sender",
     "recipient": "envelope recipient, local part without SMTP quoting",
+    "domain": "part of the recipient after the last @, in lower case",
     "size": "bytes of the stored body, with LF line ends and the Received field of the relay",
     "route": "name of the route; its servers are looked up at each attempt",
+    "servers": "unfinished: the servers that it is for, those of its route today, in order",
     "attempts": "how often a worker has claimed the delivery",
     "last_outcome": "outcome of the last attempt; docs/inspect.md lists the outcomes",
-    "reason": "reply of the server at the last attempt, or the reason that the relay or an operator"
-    " gave; bytes outside printable ASCII as \\xNN",
+    "reason": "why it is in its state: the pause that it waits behind, else last_reply",
+    "last_reply": "reply of the server at the last attempt, or the reason that the relay or"
+    " an operator gave; bytes outside printable ASCII as \\xNN",
     "server": "server of the last attempt",
     "received_at": "when the message was accepted",
     "next_at": "deferred: the next attempt; queued: when any worker claims it without a hint",
     "expires_at": "an attempt that fails after this is the last",
     "finished_at": "when it became final; empty while it is not",
+    "paused_at": "since when it waits behind a pause: of its route, or of all servers of the route",
     "worker": "the worker that is sending it",
     "pending_operation": "operation that was requested while it is being sent",
     "client_address": "address of the SMTP client",
+    "auth_user": "the user that logged in to send it; empty: none did",
     "helo": "name that the client gave in HELO or EHLO",
     "protocol": "RFC 3848 keyword, such as ESMTP",
     "header_message_id": "Message-ID of the header",
     "dsn_of": "queue id of the message that this DSN is about; empty for other mail",
     "tls": "protocol and cipher of the SMTP connection; empty: plain text",
-    "auth_user": "the user that logged in to send it; empty: none did",
 }
 VIEW_COLUMNS = {
     "mail_queue": _RECIPIENT_COLUMNS,
@@ -431,7 +444,9 @@ VIEW_COLUMNS = {
         "bytes": "sum of the sizes of their messages; empty for finished ones",
         "oldest_at": "when the oldest was received; empty for finished ones",
         "oldest_seconds": "seconds since oldest_at",
-        "overdue": "how many are overdue: a worker should have claimed or requeued them by now",
+        "overdue": "how many are overdue: a worker should have claimed or requeued them by now;"
+        " mail behind a pause is not",
+        "paused": "how many wait behind a pause",
     },
     "server_health": {
         "server": "host:port, [v6]:port or unix:/path",
@@ -447,6 +462,90 @@ VIEW_COLUMNS = {
         "circuit_open_workers": "how many workers have an open circuit to it:"
         " it fails, or does not authorize the relay",
         "circuit_open_reason": "reason of one of these workers",
+        "failed_at": "when the first of these circuits opened",
         "paused_at": "when an operator paused it; empty if it is not paused",
+        "waiting": "how many deliveries wait for it: queued and deferred ones of its routes,"
+        " each counted under every server of the route",
+    },
+    "mail_attempts": {
+        "queue_id": "32 hex digits, as in the 250 reply, in logs and in names of files",
+        "queue_uuid": "the same id as in the tables; it sorts by arrival, and indexes find it",
+        "delivery": "number of the QMQP request",
+        "route": "its route today",
+        "claim": "number of the claim, from 1",
+        "attempt_index": "number of the attempt within the claim, from 1; 0: the worker was lost",
+        "worker": "the worker",
+        "server": "the server; empty if the worker was lost",
+        "started_at": "when it began to connect",
+        "finished_at": "when the attempt ended",
+        "seconds": "how long it took",
+        "outcome": "its outcome",
+        "reply": "reply of the server, or the reason that the relay gave",
+        "bytes_sent": "how many bytes of the request were sent",
+    },
+    "operator_actions": {
+        "action_id": "UUIDv7; it sorts by time",
+        "acted_at": "when the operation ran",
+        "actor": "the operator, as user@host",
+        "operation": "the operation, such as retry; for pause and resume also the subject",
+        "changed": "how many deliveries it changed; 1 for pause and resume",
+        "filter": "its filter, as options of the command",
+        "reason": "the reason that the operator gave",
+    },
+    "mail_actions": {
+        "queue_id": "message of the delivery, 32 hex digits",
+        "queue_uuid": "the same id as in the tables",
+        "delivery": "number of the delivery",
+        "action_id": "the row of operator_actions",
+        "acted_at": "when the operation ran",
+        "actor": "the operator, as user@host",
+        "operation": "the operation",
+        "reason": "the reason that the operator gave",
+    },
+    "worker_health": {
+        "worker": "its id, as in mail_queue",
+        "host": "host name of its machine",
+        "pid": "its process id",
+        "version": "version of the program that it runs",
+        "started_at": "when it started",
+        "lease_expires_at": "end of the lease; the worker renews it",
+        "ended_at": "when it stopped, or was expired by another worker",
+        "end_reason": "stopped or expired",
+        "alive": "whether it has not ended and its lease is valid",
+        "sending": "how many deliveries it is sending",
+    },
+    "domain_summary": {
+        "domain": "part of the recipient after the last @, in lower case",
+        "deliveries": "how many unfinished deliveries have such a recipient",
+        "recipients": "how many of their recipients have this domain",
+        "oldest_at": "when the oldest was received",
+    },
+    "reason_summary": {
+        "reason": "reason of unfinished mail, with addresses, ids and numbers masked; that of a"
+        " pause as it is",
+        "deliveries": "how many unfinished deliveries have it",
+        "recipients": "how many recipients these have",
+        "oldest_at": "when the oldest was received",
+    },
+    "mail_flow": {
+        "minutes": "the last minute, ten minutes, or hour",
+        "received": "deliveries of messages that were accepted in this time, also of DSNs",
+        "finished": "attempts with the outcome delivered or rejected in this time",
+        "waiting": "deliveries that are queued or deferred now",
+        "drain_seconds": "how long these take if as many more are finished than received;"
+        " empty: they do not become fewer",
+    },
+    "paused": {
+        "subject": "route:NAME or server:NAME",
+        "paused_at": "when it was paused",
+        "actor": "the operator, as user@host",
+        "reason": "the reason that the operator gave",
+        "deliveries": "how many deliveries wait behind it; behind that of a server wait those of"
+        " routes whose every server is paused",
+    },
+    "route_servers": {
+        "route": "name of the route",
+        "position": "order in which the servers are tried, from 1",
+        "server": "host:port, [v6]:port or unix:/path",
     },
 }

@@ -17,7 +17,18 @@ VIEWS = {
     "mail_history": "all mail, also finished: one row for each recipient",
     "queue_summary": "deliveries by state and route",
     "server_health": "attempts of the last hour by server",
+    "mail_attempts": "attempts, each at one server",
+    "operator_actions": "operations of operators",
+    "mail_actions": "the deliveries that an operation changed",
+    "worker_health": "workers, and what they are sending",
+    "domain_summary": "unfinished mail by the domain of the recipient",
+    "reason_summary": "unfinished mail by its reason, masked",
+    "mail_flow": "what came, what went, and how long the rest takes",
+    "paused": "routes and servers that operators have paused, and what waits",
+    "route_servers": "the servers of each route, as the workers that are alive know them",
 }
+# Views below the public ones, which the program reads too.
+INNER_VIEWS = ("paused_routes", "route_overview", "waiting_routes")
 
 
 def drop_views(connection: Connection) -> None:
@@ -47,4 +58,6 @@ def create_views(connection: Connection) -> None:
         quoted = comment.replace("'", "''").replace("%", "%%")
         connection.exec_driver_sql(f"COMMENT ON {subject} IS '{quoted}'")
     if connection.exec_driver_sql(f"SELECT 1 FROM pg_roles WHERE rolname = '{READER}'").scalar():
-        connection.exec_driver_sql(f"GRANT SELECT ON {', '.join(VIEWS)} TO {READER}")
+        connection.exec_driver_sql(
+            f"GRANT SELECT ON {', '.join((*VIEWS, *INNER_VIEWS))} TO {READER}"
+        )

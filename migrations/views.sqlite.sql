@@ -1,11 +1,24 @@
 -- The views, which are the public face of the database for SQL: their names and columns are stable
--- (docs/inspect.md). migrations/views.py runs these statements.
+-- (docs/inspect.md). migrations/views.py runs these statements. `paused_routes` and
+-- `route_overview` are not public: other views and statements read them.
 
 -- name: drop_views
+DROP VIEW IF EXISTS mail_flow;
+DROP VIEW IF EXISTS reason_summary;
+DROP VIEW IF EXISTS domain_summary;
+DROP VIEW IF EXISTS worker_health;
+DROP VIEW IF EXISTS mail_actions;
+DROP VIEW IF EXISTS operator_actions;
+DROP VIEW IF EXISTS mail_attempts;
 DROP VIEW IF EXISTS mail_queue;
 DROP VIEW IF EXISTS mail_history;
 DROP VIEW IF EXISTS queue_summary;
 DROP VIEW IF EXISTS server_health;
+DROP VIEW IF EXISTS paused;
+DROP VIEW IF EXISTS waiting_routes;
+DROP VIEW IF EXISTS route_overview;
+DROP VIEW IF EXISTS paused_routes;
+DROP VIEW IF EXISTS route_servers;
 DROP VIEW IF EXISTS clock;
 
 -- name: create_views
@@ -14,57 +27,138 @@ DROP VIEW IF EXISTS clock;
 -- milliseconds inside of a Julian day; rounding gets it back exactly.
 CREATE VIEW clock AS
 SELECT CAST(round((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER) * 1000 AS now;
+-- As the workers that are alive know the routes; if none is alive, as the last worker knew them.
+CREATE VIEW route_servers AS
+SELECT r.key AS route, min(s.key) + 1 AS position, s.value AS server
+FROM workers w
+JOIN json_each(w.routes) AS r
+JOIN json_each(r.value) AS s
+WHERE w.routes IS NOT NULL AND CASE
+    WHEN EXISTS (
+        SELECT 1 FROM workers l
+        WHERE l.routes IS NOT NULL
+            AND l.ended_at IS NULL AND l.lease_expires_at > (SELECT now FROM clock))
+    THEN w.ended_at IS NULL AND w.lease_expires_at > (SELECT now FROM clock)
+    ELSE w.id = (
+        SELECT l.id FROM workers l WHERE l.routes IS NOT NULL
+        ORDER BY l.started_at DESC, l.id DESC LIMIT 1) END
+GROUP BY r.key, s.value;
+-- A route is paused by itself, or because each of its servers is: then by the last of these pauses.
+CREATE VIEW paused_routes AS
+SELECT substr(subject, 7) AS route, since, actor, reason
+FROM pauses WHERE substr(subject, 1, 6) = 'route:'
+UNION ALL
+SELECT x.route, x.since, x.actor, x.reason
+FROM (
+    SELECT s.route, p.since, p.actor, p.reason,
+        count(*) OVER (PARTITION BY s.route) AS servers,
+        count(p.subject) OVER (PARTITION BY s.route) AS paused,
+        row_number() OVER (PARTITION BY s.route ORDER BY p.since DESC, s.position, s.server)
+            AS place
+    FROM route_servers s LEFT JOIN pauses p ON p.subject = 'server:' || s.server
+) x
+WHERE x.servers = x.paused AND x.place = 1
+    AND NOT EXISTS (SELECT 1 FROM pauses q WHERE q.subject = 'route:' || x.route);
+-- A row for each route that a worker knows or that is paused.
+CREATE VIEW route_overview AS
+SELECT n.route,
+    (SELECT group_concat(x.server, ', ') FROM (
+        SELECT s.server FROM route_servers s WHERE s.route = n.route
+        ORDER BY s.position, s.server) x) AS servers,
+    p.since,
+    'paused by ' || p.actor || CASE WHEN p.reason <> '' THEN ': ' || p.reason ELSE '' END
+        AS paused_reason
+FROM (SELECT route FROM route_servers UNION SELECT route FROM paused_routes) n
+LEFT JOIN paused_routes p ON p.route = n.route;
+-- The deliveries that wait, by route. An arm for each index.
+CREATE VIEW waiting_routes AS
+SELECT route, sum(waiting) AS waiting
+FROM (
+    SELECT route, count(*) AS waiting FROM deliveries WHERE state = 'queued' GROUP BY route
+    UNION ALL
+    SELECT route, count(*) FROM deliveries WHERE state = 'deferred' GROUP BY route
+) x
+GROUP BY route;
 CREATE VIEW mail_queue AS
 SELECT replace(d.queue_id, '-', '') AS queue_id, d.queue_id AS queue_uuid,
-    r.position, d.number AS delivery, d.state, m.sender, r.address AS recipient, m.size, d.route,
-    d.claim_count AS attempts, d.last_outcome, d.last_reply AS reason, d.last_server AS server,
+    r.position, d.number AS delivery, d.state, m.sender, r.address AS recipient,
+    lower(substr(r.address, length(rtrim(r.address, replace(r.address, '@', ''))) + 1)) AS domain,
+    m.size, d.route,
+    CASE WHEN d.state IN ('queued', 'sending', 'deferred', 'held') THEN o.servers END AS servers,
+    d.claim_count AS attempts, d.last_outcome,
+    CASE WHEN d.state IN ('queued', 'deferred')
+        THEN coalesce(o.paused_reason, d.last_reply) ELSE d.last_reply END AS reason,
+    d.last_reply, d.last_server AS server,
     datetime(m.received_at / 1000000, 'unixepoch') || '.' || substr(m.received_at / 1000, -3)
-        AS received_at,
+            || '+00:00' AS received_at,
     CASE WHEN d.state IN ('queued', 'deferred')
         THEN datetime(d.due_at / 1000000, 'unixepoch') || '.' || substr(d.due_at / 1000, -3)
-            END AS next_at,
+            || '+00:00' END AS next_at,
     datetime(d.expires_at / 1000000, 'unixepoch') || '.' || substr(d.expires_at / 1000, -3)
-        AS expires_at,
+            || '+00:00' AS expires_at,
     datetime(d.finished_at / 1000000, 'unixepoch') || '.' || substr(d.finished_at / 1000, -3)
-        AS finished_at,
-    d.worker, d.pending_operation, m.client_address, m.helo, m.protocol, m.header_message_id,
-    replace(m.dsn_of, '-', '') AS dsn_of, m.tls, m.auth_user
+            || '+00:00' AS finished_at,
+    CASE WHEN d.state IN ('queued', 'deferred')
+        THEN datetime(o.since / 1000000, 'unixepoch') || '.' || substr(o.since / 1000, -3)
+            || '+00:00' END AS paused_at,
+    d.worker, d.pending_operation, m.client_address, m.auth_user, m.helo, m.protocol,
+    m.header_message_id, replace(m.dsn_of, '-', '') AS dsn_of, m.tls
 FROM deliveries d
 JOIN recipients r ON r.queue_id = d.queue_id AND r.delivery = d.number
 JOIN messages m ON m.id = d.queue_id
+LEFT JOIN route_overview o ON o.route = d.route
 WHERE d.state IN ('queued', 'sending', 'deferred', 'held');
 CREATE VIEW mail_history AS
 SELECT replace(d.queue_id, '-', '') AS queue_id, d.queue_id AS queue_uuid,
-    r.position, d.number AS delivery, d.state, m.sender, r.address AS recipient, m.size, d.route,
-    d.claim_count AS attempts, d.last_outcome, d.last_reply AS reason, d.last_server AS server,
+    r.position, d.number AS delivery, d.state, m.sender, r.address AS recipient,
+    lower(substr(r.address, length(rtrim(r.address, replace(r.address, '@', ''))) + 1)) AS domain,
+    m.size, d.route,
+    CASE WHEN d.state IN ('queued', 'sending', 'deferred', 'held') THEN o.servers END AS servers,
+    d.claim_count AS attempts, d.last_outcome,
+    CASE WHEN d.state IN ('queued', 'deferred')
+        THEN coalesce(o.paused_reason, d.last_reply) ELSE d.last_reply END AS reason,
+    d.last_reply, d.last_server AS server,
     datetime(m.received_at / 1000000, 'unixepoch') || '.' || substr(m.received_at / 1000, -3)
-        AS received_at,
+            || '+00:00' AS received_at,
     CASE WHEN d.state IN ('queued', 'deferred')
         THEN datetime(d.due_at / 1000000, 'unixepoch') || '.' || substr(d.due_at / 1000, -3)
-            END AS next_at,
+            || '+00:00' END AS next_at,
     datetime(d.expires_at / 1000000, 'unixepoch') || '.' || substr(d.expires_at / 1000, -3)
-        AS expires_at,
+            || '+00:00' AS expires_at,
     datetime(d.finished_at / 1000000, 'unixepoch') || '.' || substr(d.finished_at / 1000, -3)
-        AS finished_at,
-    d.worker, d.pending_operation, m.client_address, m.helo, m.protocol, m.header_message_id,
-    replace(m.dsn_of, '-', '') AS dsn_of, m.tls, m.auth_user
+            || '+00:00' AS finished_at,
+    CASE WHEN d.state IN ('queued', 'deferred')
+        THEN datetime(o.since / 1000000, 'unixepoch') || '.' || substr(o.since / 1000, -3)
+            || '+00:00' END AS paused_at,
+    d.worker, d.pending_operation, m.client_address, m.auth_user, m.helo, m.protocol,
+    m.header_message_id, replace(m.dsn_of, '-', '') AS dsn_of, m.tls
 FROM deliveries d
 JOIN recipients r ON r.queue_id = d.queue_id AND r.delivery = d.number
-JOIN messages m ON m.id = d.queue_id;
+JOIN messages m ON m.id = d.queue_id
+LEFT JOIN route_overview o ON o.route = d.route;
 -- Two halves: finished mail is only counted, or a long history would be looked up message by
--- message.
+-- message. A pause is one of a route, so it is looked up for the groups and not for each delivery.
 CREATE VIEW queue_summary AS
-SELECT d.state, d.route, count(*) AS deliveries, CAST(sum(m.size) AS bigint) AS bytes,
-    datetime(min(m.received_at) / 1000000, 'unixepoch') || '.'
-        || substr(min(m.received_at) / 1000, -3) AS oldest_at,
-    ((SELECT now FROM clock) - min(m.received_at)) / 1000000.0 AS oldest_seconds,
-    sum(CASE WHEN d.state <> 'held' AND d.due_at < (SELECT now FROM clock) THEN 1 ELSE 0 END)
-        AS overdue
-FROM deliveries d JOIN messages m ON m.id = d.queue_id
-WHERE d.state IN ('queued', 'sending', 'deferred', 'held')
-GROUP BY d.state, d.route
+SELECT g.state, g.route, g.deliveries, g.bytes,
+    datetime(g.oldest / 1000000, 'unixepoch') || '.' || substr(g.oldest / 1000, -3)
+        || '+00:00' AS oldest_at,
+    ((SELECT now FROM clock) - g.oldest) / 1000000.0 AS oldest_seconds,
+    CASE WHEN p.route IS NOT NULL AND g.state IN ('queued', 'deferred') THEN 0 ELSE g.late END
+        AS overdue,
+    CASE WHEN p.route IS NOT NULL AND g.state IN ('queued', 'deferred')
+        THEN g.deliveries ELSE 0 END AS paused
+FROM (
+    SELECT d.state, d.route, count(*) AS deliveries, sum(m.size) AS bytes,
+        min(m.received_at) AS oldest,
+        sum(CASE WHEN d.state <> 'held' AND d.due_at < (SELECT now FROM clock)
+            THEN 1 ELSE 0 END) AS late
+    FROM deliveries d JOIN messages m ON m.id = d.queue_id
+    WHERE d.state IN ('queued', 'sending', 'deferred', 'held')
+    GROUP BY d.state, d.route
+) g
+LEFT JOIN paused_routes p ON p.route = g.route
 UNION ALL
-SELECT state, route, count(*), NULL, NULL, NULL, 0
+SELECT state, route, count(*), NULL, NULL, NULL, 0, 0
 FROM deliveries WHERE state NOT IN ('queued', 'sending', 'deferred', 'held')
 GROUP BY state, route;
 CREATE VIEW server_health AS
@@ -77,20 +171,145 @@ SELECT server, count(outcome) AS attempts,
     sum(CASE WHEN outcome = 'interrupted' THEN 1 ELSE 0 END) AS interrupted,
     coalesce(sum(bytes_sent), 0) AS bytes_sent,
     datetime(max(finished_at) / 1000000, 'unixepoch') || '.' || substr(max(finished_at) / 1000, -3)
-        AS last_at,
+        || '+00:00' AS last_at,
     count(why) AS circuit_open_workers, max(why) AS circuit_open_reason,
-    datetime(max(since) / 1000000, 'unixepoch') || '.' || substr(max(since) / 1000, -3) AS paused_at
+    datetime(min(failing) / 1000000, 'unixepoch') || '.' || substr(min(failing) / 1000, -3)
+        || '+00:00' AS failed_at,
+    datetime(max(since) / 1000000, 'unixepoch') || '.' || substr(max(since) / 1000, -3)
+        || '+00:00' AS paused_at,
+    sum(waiting) AS waiting
 FROM (
     SELECT server, outcome, bytes_sent, finished_at, CASE WHEN 1 = 0 THEN reply END AS why,
-        CASE WHEN 1 = 0 THEN finished_at END AS since
+        CASE WHEN 1 = 0 THEN finished_at END AS since, 0 AS waiting,
+        CASE WHEN 1 = 0 THEN finished_at END AS failing
     FROM attempts
     WHERE finished_at > (SELECT now FROM clock) - 3600 * 1000000 AND server IS NOT NULL
     UNION ALL
-    SELECT c.server, NULL, NULL, NULL, c.why, NULL
+    SELECT c.server, NULL, NULL, NULL, c.why, NULL, 0, c.since
     FROM open_circuits c JOIN workers w ON w.id = c.worker
     WHERE w.ended_at IS NULL
     UNION ALL
-    SELECT substr(subject, 8), NULL, NULL, NULL, NULL, since
+    SELECT substr(subject, 8), NULL, NULL, NULL, NULL, since, 0, NULL
     FROM pauses WHERE substr(subject, 1, 7) = 'server:'
+    UNION ALL
+    SELECT s.server, NULL, NULL, NULL, NULL, NULL, coalesce(w.waiting, 0), NULL
+    FROM route_servers s LEFT JOIN waiting_routes w ON w.route = s.route
 ) s
 GROUP BY server;
+-- Mail waits behind the pause of a server if all servers of its route are paused.
+CREATE VIEW paused AS
+SELECT p.subject, datetime(p.since / 1000000, 'unixepoch') || '.' || substr(p.since / 1000, -3)
+        || '+00:00' AS paused_at, p.actor, p.reason,
+    coalesce((
+        SELECT sum(w.waiting)
+        FROM waiting_routes w JOIN paused_routes b ON b.route = w.route
+        WHERE p.subject = 'route:' || w.route OR EXISTS (
+            SELECT 1 FROM route_servers s
+            WHERE s.route = w.route AND p.subject = 'server:' || s.server)
+    ), 0) AS deliveries
+FROM pauses p;
+CREATE VIEW mail_attempts AS
+SELECT replace(a.queue_id, '-', '') AS queue_id, a.queue_id AS queue_uuid, a.delivery,
+    d.route, a.claim, a.attempt_index, a.worker, a.server,
+    datetime(a.started_at / 1000000, 'unixepoch') || '.' || substr(a.started_at / 1000, -3)
+        || '+00:00' AS started_at,
+    datetime(a.finished_at / 1000000, 'unixepoch') || '.' || substr(a.finished_at / 1000, -3)
+        || '+00:00' AS finished_at,
+    (a.finished_at - a.started_at) / 1000000.0 AS seconds,
+    a.outcome, a.reply, a.bytes_sent
+FROM attempts a
+LEFT JOIN deliveries d ON d.queue_id = a.queue_id AND d.number = a.delivery;
+CREATE VIEW operator_actions AS
+SELECT a.id AS action_id,
+    datetime(a.at / 1000000, 'unixepoch') || '.' || substr(a.at / 1000, -3)
+        || '+00:00' AS acted_at,
+    a.actor, a.operation, a.matched AS changed, a.filter, a.reason
+FROM audit a;
+CREATE VIEW mail_actions AS
+SELECT replace(t.queue_id, '-', '') AS queue_id, t.queue_id AS queue_uuid, t.delivery,
+    t.audit_id AS action_id,
+    datetime(a.at / 1000000, 'unixepoch') || '.' || substr(a.at / 1000, -3)
+        || '+00:00' AS acted_at,
+    a.actor, a.operation, a.reason
+FROM audit_deliveries t
+JOIN audit a ON a.id = t.audit_id;
+CREATE VIEW worker_health AS
+SELECT w.id AS worker, w.host, w.pid, w.version,
+    datetime(w.started_at / 1000000, 'unixepoch') || '.' || substr(w.started_at / 1000, -3)
+        || '+00:00' AS started_at,
+    datetime(w.lease_expires_at / 1000000, 'unixepoch') || '.'
+        || substr(w.lease_expires_at / 1000, -3) || '+00:00' AS lease_expires_at,
+    datetime(w.ended_at / 1000000, 'unixepoch') || '.' || substr(w.ended_at / 1000, -3)
+        || '+00:00' AS ended_at,
+    w.end_reason, w.ended_at IS NULL AND w.lease_expires_at > (SELECT now FROM clock) AS alive,
+    coalesce(d.sending, 0) AS sending
+FROM workers w
+LEFT JOIN (
+    SELECT worker, count(*) AS sending FROM deliveries WHERE state = 'sending' GROUP BY worker
+) d ON d.worker = w.id;
+CREATE VIEW domain_summary AS
+SELECT domain,
+    count(DISTINCT queue_uuid || '.' || delivery) AS deliveries,
+    count(*) AS recipients, min(received_at) AS oldest_at
+FROM mail_queue
+GROUP BY domain;
+-- `relay.report.masking` masks in the same way: a word with an @ is an address, and a word with a
+-- digit that is no status code is a number. The reason of a pause is shown as it is. Each step
+-- masks a word and takes the next one.
+CREATE VIEW reason_summary AS
+WITH RECURSIVE r AS MATERIALIZED (
+    SELECT coalesce(reason, '') AS reason, paused_at IS NOT NULL AS paused,
+        count(DISTINCT queue_uuid || '.' || delivery) AS deliveries, count(*) AS recipients,
+        min(received_at) AS oldest_at
+    FROM mail_queue
+    GROUP BY 1, 2
+), w(reason, masked, word, rest) AS (
+    SELECT reason, '', substr(reason, 1, instr(reason || ' ', ' ') - 1),
+        substr(reason || ' ', instr(reason || ' ', ' ') + 1)
+    FROM r
+    WHERE NOT paused
+    UNION ALL
+    SELECT w.reason, w.masked || CASE WHEN w.word LIKE '%@%' THEN '<address>'
+        WHEN w.word NOT GLOB '*[0-9]*' OR w.word GLOB '[245][0-9][0-9]' THEN w.word
+        WHEN w.word GLOB '[245].[0-9]*.[0-9]*' AND w.word NOT GLOB '*[^0-9.]*'
+            AND length(w.word) - length(replace(w.word, '.', '')) = 2 THEN w.word
+        ELSE '#' END || ' ',
+        substr(w.rest, 1, instr(w.rest, ' ') - 1), substr(w.rest, instr(w.rest, ' ') + 1)
+    FROM w
+    WHERE w.rest <> ''
+), m AS MATERIALIZED (
+    SELECT w.reason, w.masked || CASE WHEN w.word LIKE '%@%' THEN '<address>'
+        WHEN w.word NOT GLOB '*[0-9]*' OR w.word GLOB '[245][0-9][0-9]' THEN w.word
+        WHEN w.word GLOB '[245].[0-9]*.[0-9]*' AND w.word NOT GLOB '*[^0-9.]*'
+            AND length(w.word) - length(replace(w.word, '.', '')) = 2 THEN w.word
+        ELSE '#' END AS masked
+    FROM w
+    WHERE w.rest = ''
+)
+SELECT coalesce(m.masked, r.reason) AS reason, sum(r.deliveries) AS deliveries,
+    sum(r.recipients) AS recipients, min(r.oldest_at) AS oldest_at
+FROM r LEFT JOIN m ON m.reason = r.reason AND NOT r.paused
+GROUP BY 1;
+-- Deliveries that came and went in the last minutes, and how long the waiting ones take if nothing
+-- changes. An id begins with the time of smtpd's clock, so the index is read from 70 minutes ago.
+CREATE VIEW mail_flow AS
+SELECT f.minutes, f.received, f.finished, w.waiting,
+    CASE WHEN w.waiting = 0 THEN 0.0
+         WHEN f.finished > f.received
+         THEN w.waiting * f.minutes * 60.0 / (f.finished - f.received)
+         END AS drain_seconds
+FROM (
+    SELECT p.minutes,
+        (SELECT count(*)
+         FROM messages m JOIN deliveries d ON d.queue_id = m.id AND d.parent IS NULL
+         WHERE m.id >= (
+                SELECT substr(x.h, 1, 8) || '-' || substr(x.h, 9, 4)
+                    || '-0000-0000-000000000000'
+                FROM (SELECT printf('%012x', (SELECT now FROM clock) / 1000 - 4200000) AS h) x)
+            AND m.received_at > (SELECT now FROM clock) - p.minutes * 60000000) AS received,
+        (SELECT count(*) FROM attempts a
+         WHERE a.outcome IN ('delivered', 'rejected')
+            AND a.finished_at > (SELECT now FROM clock) - p.minutes * 60000000) AS finished
+    FROM (SELECT 1 AS minutes UNION ALL SELECT 10 UNION ALL SELECT 60) p
+) f
+CROSS JOIN (SELECT coalesce(sum(waiting), 0) AS waiting FROM waiting_routes) w;

@@ -28,7 +28,7 @@ from reception.spooler_protocol import StoreFault
 from reception.trace import date, received_field, separate
 from relay import metrics
 from relay.ids import new_id
-from relay.log import first_line, get_logger
+from relay.log import first_line, get_logger, named
 from relay.queue.accept import NewMessage, NewRecipient, encode
 from relay.settings import SmtpdSettings
 from relay.spool.store import BodyWriter, Spool
@@ -299,7 +299,9 @@ class Reception:
             id=self.id,
             client=self._client.address,
             sender=self._envelope.sender,
+            to=named(one.address for one in self._envelope.recipients),
             recipients=len(self._envelope.recipients),
+            message_id=self._header_message_id,
             size=self._size,
             ms=round((now - self._started) * 1000, 1),
             **more,

@@ -11,10 +11,11 @@ import json
 import logging
 import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from relay.settings import Settings, redacted
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from structlog.stdlib import BoundLogger
 
 _ADDRESSES = ("sender", "recipient")
+MOST_NAMED = 10  # recipients that an event names
 _ADDRESS = re.compile(r'"[^"]*"@|[^\s<>()\[\],;:"]+')
 """A quoted local part, or a word that may contain an address. The pattern reads each character once
 or twice. A pattern with the `@` in it would start again at each character of a word without one,
@@ -76,10 +78,22 @@ def redact_addresses(
     """Replace the local parts of all addresses of an event by `...`."""
     for name, value in event.items():
         if isinstance(value, str) and value and name in _ADDRESSES:
-            event[name] = "...@" + value.rpartition("@")[2]
+            event[name] = _redacted(value)
+        elif name == "to":
+            event[name] = [_redacted(address) for address in value]
         elif isinstance(value, str) and "@" in value:  # a reply or a text of a library
             event[name] = _ADDRESS.sub(_without_local_part, value)
     return event
+
+
+def named(addresses: Iterable[str]) -> list[str]:
+    """The first of the recipients, for the field `to` of an event: a list of thousands would make
+    lines that no program reads."""
+    return list(islice(addresses, MOST_NAMED))
+
+
+def _redacted(address: str) -> str:
+    return "...@" + address.rpartition("@")[2]
 
 
 def _without_local_part(word: re.Match[str]) -> str:
@@ -131,7 +145,7 @@ def configure(settings: Settings) -> None:
     before += (
         [
             structlog.stdlib.add_log_level,
-            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+            structlog.processors.TimeStamper(fmt="%H:%M:%SZ", utc=True),
         ]
         if terminal
         else [_stamp]

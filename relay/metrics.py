@@ -34,6 +34,7 @@ from relay.queue.states import UNFINISHED
 from relay.settings import Settings
 from relay.spool.mark import SpoolMark
 from relay.spool.store import Spool
+from relay.version import running_version
 
 log = get_logger(__name__)
 MIN_INTERVAL = 5.0  # seconds between two reads of the database
@@ -99,6 +100,10 @@ HINTS = Counter("relay_hints", "hints published", ["queue"])
 HINTS_REFUSED = Counter(
     "relay_hints_refused", "entries of the broker's lists that are not hints", ["queue"]
 )
+BUILD_INFO = Gauge("relay_build_info", "1; the label has the version that runs", ["version"])
+OUTCOMES = Counter(
+    "relay_outcomes", "deliveries that a worker tried, by what became of them", ["route", "outcome"]
+)
 ATTEMPTS = Counter("relay_attempts", "attempts at a server", ["server", "outcome"])
 SENT_BYTES = Counter("relay_sent_bytes", "bytes of QMQP requests sent")
 DELIVERY_SECONDS = Histogram(
@@ -118,6 +123,7 @@ CIRCUIT_OPEN = Gauge(
 )
 
 attempts, hints, sessions = cache(ATTEMPTS.labels), cache(HINTS.labels), cache(SESSIONS.labels)
+outcomes = cache(OUTCOMES.labels)
 
 
 @cache
@@ -141,11 +147,14 @@ def refused(reply: str, door: str = "smtp") -> None:
 
 
 class StateCount(NamedTuple):
-    """The deliveries in one state; `age` is that of the oldest message, in seconds."""
+    """The deliveries in one state. `paused`: those behind a pause, which are neither `overdue` nor
+    in `age`, that of the oldest message in seconds. `expiring`: those that wait and expire soon."""
 
     state: str
     deliveries: int
     overdue: int
+    paused: int
+    expiring: int
     age: float
 
 
@@ -175,6 +184,7 @@ class QueueMetrics(Collector):
         self._read_at = self._count_at = 0.0
         self._metrics: list[Metric] = []
         self._counted: dict[str, StateCount] = {}
+        self._waiting: dict[str, int] = {}
 
     def describe(self) -> Iterable[Metric]:
         """Nothing, so that registration reads no database."""
@@ -210,12 +220,13 @@ class QueueMetrics(Collector):
 
     def _database(self) -> list[Metric]:
         with reading(self._engine) as connection:
-            states = self._counts(connection)
+            states, waiting = self._counts(connection)
             totals = self._queries.run(connection, "totals").one()
-            paused = self._queries.run(connection, "paused").scalars().all()
+            paused = dict(self._queries.run(connection, "paused").all())
+            failing = dict(self._queries.run(connection, "failing").all())
             journal = self._queries.run(connection, "journal").one()
         older = journal.mark < SpoolMark(self._spool.handle, self._spool.identity).known
-        unfinished = [states.get(state, StateCount(state, 0, 0, 0.0)) for state in UNFINISHED]
+        unfinished = [states.get(state, StateCount(state, 0, 0, 0, 0, 0.0)) for state in UNFINISHED]
         pending = sum(row.deliveries for row in states.values() if row.state not in UNFINISHED)
         return [
             _gauge(*_UP, 1),
@@ -232,10 +243,25 @@ class QueueMetrics(Collector):
                 "state",
             ),
             _gauge(
+                "paused_deliveries",
+                "deliveries that wait behind a pause",
+                {row.state: row.paused for row in unfinished},
+                "state",
+            ),
+            _gauge(
                 "oldest_age_seconds",
-                "age of the oldest message with such a delivery",
+                "age of the oldest message with such a delivery that is not behind a pause",
                 {row.state: row.age for row in unfinished},
                 "state",
+            ),
+            _gauge(
+                "expiring_soon",
+                "queued and deferred deliveries that expire in less than six hours",
+                sum(row.expiring for row in unfinished),
+            ),
+            _gauge("failing_seconds", "since when a server has an open circuit", failing, "server"),
+            _gauge(
+                "waiting", "deliveries that wait for a server of their route", waiting, "server"
             ),
             _gauge("dsns_pending", "failed deliveries whose DSN is not generated yet", pending),
             _gauge(
@@ -251,6 +277,7 @@ class QueueMetrics(Collector):
             _gauge(
                 "paused", "routes and servers that are paused", dict.fromkeys(paused, 1), "subject"
             ),
+            _gauge("paused_seconds", "for how long they have been paused", paused, "subject"),
             _gauge(
                 "uncertain_attempts",
                 "attempts of the last hour with an unknown end",
@@ -258,15 +285,16 @@ class QueueMetrics(Collector):
             ),
         ]
 
-    def _counts(self, connection: Connection) -> dict[str, StateCount]:
-        """The counts by state. Counting a long queue takes long, so they are kept for
-        COUNT_INTERVAL."""
+    def _counts(self, connection: Connection) -> tuple[dict[str, StateCount], dict[str, int]]:
+        """The counts by state, and those that wait for each server. Counting a long queue takes
+        long, so they are kept for COUNT_INTERVAL."""
         if (began := time.monotonic()) >= self._count_at:
             rows = itertools.starmap(StateCount, self._queries.run(connection, "counts"))
             self._counted = {row.state: row for row in rows}
+            self._waiting = dict(self._queries.run(connection, "waiting").all())
             ended = time.monotonic()
             self._count_at = ended + COUNT_INTERVAL * (ended - began)
-        return self._counted
+        return self._counted, self._waiting
 
     def _disk(self) -> list[Metric]:
         segments, octets = self._spool.journal_usage()
@@ -291,6 +319,7 @@ def serve(
     and nothing is served. Beyond loopback they are served over TLS if there is a `tls_context`.
     """
     in_use = []
+    BUILD_INFO.labels(running_version()).set(1)
     for host, port in settings.metrics_listen:
         try:
             server = listen(host, port, None if is_loopback(host) else tls_context)

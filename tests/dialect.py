@@ -59,7 +59,9 @@ _SQLITE: dict[str, Callable[[str], str]] = {
     "later": lambda s: f"({_NOW} + CAST(({s}) * 1000000 AS INTEGER))",
     "ago": lambda s: f"({_NOW} - CAST(({s}) * 1000000 AS INTEGER))",
     "since": lambda t: f"(({_NOW} - ({t})) / 1000000.0)",
-    "when": lambda t: f"datetime(({t}) / 1000000, 'unixepoch') || '.' || substr(({t}) / 1000, -3)",
+    "when": lambda t: (
+        f"datetime(({t}) / 1000000, 'unixepoch') || '.' || substr(({t}) / 1000, -3) || '+00:00'"
+    ),
     "micros": lambda t: t,
     "hex": lambda i: f"replace({i}, '-', '')",
     "id": lambda i: i,

@@ -22,7 +22,7 @@ from qmqp.body import Body, BodyFile
 from qmqp.request import Request
 from relay import metrics
 from relay.db.schema import LONGEST_TEXT
-from relay.log import escaped, first_line, get_logger
+from relay.log import escaped, first_line, get_logger, named
 from relay.queue.model import Attempt, Claim, Completion, waits_for
 from relay.queue.outcome import NO_REQUEST, Outcome
 from relay.queue.split import TOO_MANY_RECIPIENTS, can_carry
@@ -461,6 +461,8 @@ def log_outcome(task: DeliveryTask, completion: Completion) -> None:
     seconds = time.monotonic() - task.started
     if completion.state is State.DELIVERED:
         metrics.DELIVERY_SECONDS.observe(task.claim.received_ago + seconds)
+    if completion.outcome is not None:
+        metrics.outcomes(task.claim.route, completion.outcome).inc()
     event = "requeued" if completion.state is State.QUEUED else str(completion.state)
     if completion.outcome in (Outcome.UNCERTAIN, Outcome.MALFORMED):
         event = str(completion.outcome)
@@ -470,6 +472,10 @@ def log_outcome(task: DeliveryTask, completion: Completion) -> None:
         event,
         id=completion.queue_id,
         delivery=completion.number,
+        to=named(task.claim.recipients),
+        recipients=len(task.claim.recipients),
+        route=task.claim.route,
+        attempt=task.claim.claim,
         server=completion.server,
         reply=completion.reply,
         ms=round(seconds * 1000),

@@ -7,7 +7,9 @@ imported when a command runs, so that `--help` and completion answer at once.
 
 import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,12 +20,25 @@ if TYPE_CHECKING:
     from relay.report.filters import Filter
 
 queue = typer.Typer(rich_markup_mode=None)
+FORMS = ("table", "json", "csv", "tsv")
 
 
 def _states(incomplete: str) -> list[str]:
     from relay.queue.states import State
 
     return [state for state in State if state.startswith(incomplete)]
+
+
+def _outcomes(incomplete: str) -> list[str]:
+    from relay.queue.outcome import Outcome
+
+    return [outcome for outcome in Outcome if outcome.startswith(incomplete)]
+
+
+def _count_keys(incomplete: str) -> list[str]:
+    from relay.report.queries import COUNT_KEYS
+
+    return [key for key in COUNT_KEYS if key.startswith(incomplete)]
 
 
 def _names(kind: str) -> Callable[[str], list[str]]:
@@ -60,7 +75,8 @@ def _filter(
     server: Annotated[
         str | None,
         typer.Option(
-            help="Server of the last attempt: host, host:port, [v6]:port, unix:/path.",
+            help="It was last tried there, or would go there: host, host:port, [v6]:port,"
+            " unix:/path.",
             autocompletion=_names("server"),
         ),
     ] = None,
@@ -72,40 +88,111 @@ def _filter(
         typer.Option("--message-id", help="Message-ID of the header, with or without <>."),
     ] = None,
     reply: Annotated[
-        str | None, typer.Option(help="A part of the server's reply to the last attempt.")
+        str | None,
+        typer.Option(help="A part of the last reply, or of the reason of a pause."),
     ] = None,
+    newer_than: Annotated[
+        str | None, typer.Option(help="Received less long ago than 30s, 5m, 2h, 5d.")
+    ] = None,
+    received_between: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="FROM TO",
+            help="Received in that time: 2026-11-25, '2026-11-25 13:00', in UTC or with its zone.",
+        ),
+    ] = None,
+    expires_within: Annotated[
+        str | None, typer.Option(help="Unfinished, and expires in less than 30s, 5m, 2h, 5d.")
+    ] = None,
+    client: Annotated[
+        str | None, typer.Option(help="Address of the SMTP client. * matches anything.")
+    ] = None,
+    user: Annotated[str | None, typer.Option(help="User that the client logged in as.")] = None,
+    outcome: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Outcome of the last attempt: deferred, rejected ...; may be repeated.",
+            autocompletion=_outcomes,
+        ),
+    ] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="Domain of the recipient. * matches anything.")
+    ] = None,
+    uncertain: Annotated[
+        bool, typer.Option("--uncertain", help="An attempt may have delivered it already.")
+    ] = False,
     positional_id: Annotated[
         str | None, typer.Argument(metavar="ID", help="The same as --id.")
     ] = None,
 ) -> "Filter":
     """The filter that the options mean; raises BadParameter."""
+    from relay.queue.outcome import Outcome
     from relay.queue.states import State
     from relay.report.filters import Filter, bracketed
     from relay.routes import parse_server
-    from relay.settings import seconds
 
-    if unknown := sorted(set(state or ()) - set(State)):
-        states = ", ".join(State)
-        raise typer.BadParameter(f"no state {', '.join(unknown)}: choose one of {states}")
-    try:
-        age = seconds(older_than) if older_than else None
-    except ValueError as error:
-        raise typer.BadParameter(f"--older-than {older_than} {error}") from None
     try:
         server = parse_server(server).name if server and "*" not in server else server
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return Filter(
-        tuple(state or ()),
-        sender,
-        recipient,
-        route,
-        server,
-        age,
-        queue_id or positional_id,
-        reply,
-        bracketed(header_message_id) if header_message_id else None,
+        states=_known("state", state, State),
+        sender=sender,
+        recipient=recipient,
+        route=route,
+        server=server,
+        older_than=length("--older-than", older_than),
+        id=queue_id or positional_id,
+        reply=reply,
+        header_message_id=bracketed(header_message_id) if header_message_id else None,
+        newer_than=length("--newer-than", newer_than),
+        received_between=_moments(received_between) if received_between else None,
+        expires_within=length("--expires-within", expires_within),
+        client=client,
+        user=user,
+        outcomes=_known("outcome", outcome, Outcome),
+        domain=domain,
+        uncertain=uncertain,
     )
+
+
+def form_of(given: str | None, *, json_lines: bool) -> str:
+    """The form of the output: what is asked for, else a table on a terminal and text with tabs in
+    a pipe; raises BadParameter."""
+    if given not in (None, *FORMS):
+        raise typer.BadParameter(f"no format {given}: choose one of {', '.join(FORMS)}")
+    return given or ("json" if json_lines else "table" if sys.stdout.isatty() else "tsv")
+
+
+def _known(what: str, given: list[str] | None, names: Iterable[str]) -> tuple[str, ...]:
+    """The given names, which must all be known; raises BadParameter."""
+    if unknown := sorted(set(given or ()) - set(names)):
+        choice = ", ".join(names)
+        raise typer.BadParameter(f"no {what} {', '.join(unknown)}: choose one of {choice}")
+    return tuple(given or ())
+
+
+def length(option: str, text: str | None) -> float | None:
+    """A length of time such as 5m, in seconds; raises BadParameter."""
+    from relay.settings import seconds
+
+    try:
+        return seconds(text) if text else None
+    except ValueError as error:
+        raise typer.BadParameter(f"{option} {text} {error}") from None
+
+
+def _moments(texts: tuple[str, str]) -> tuple[datetime, datetime]:
+    """Two times in the form of ISO 8601; one without a zone is in UTC."""
+    moments = list[datetime]()
+    for text in texts:
+        try:
+            moment = datetime.fromisoformat(text)
+        except ValueError:
+            hint = "write 2026-11-25, '2026-11-25 13:00' or 2026-11-25T13:00:00+01:00"
+            raise typer.BadParameter(f"--received-between: {text} is no time: {hint}") from None
+        moments.append(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+    return moments[0], moments[1]
 
 
 def filtered(function: Callable[..., int], *omitted: str) -> Callable[..., int]:
@@ -127,9 +214,16 @@ def filtered(function: Callable[..., int], *omitted: str) -> Callable[..., int]:
 
 Id = Annotated[str, typer.Argument(metavar="ID", help=_ID_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for each line.")]
+Format = Annotated[
+    str | None,
+    typer.Option("--format", help="table, json, csv or tsv.", autocompletion=lambda: list(FORMS)),
+]
 Watch = Annotated[
     float | None,
     typer.Option(min=0.2, metavar="SECONDS", help="Repeat at this interval until Ctrl-C."),
+]
+Local = Annotated[
+    bool, typer.Option("--local", help="Times in the zone of this machine; without it in UTC.")
 ]
 Reason = Annotated[
     str, typer.Option(help="Why you do it. It is recorded with your name and the time.")
@@ -140,7 +234,13 @@ Everything = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show which deliveries would change, and change nothing.")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="At most this many deliveries, the oldest.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="At most this many deliveries: the oldest, or with --newest those."),
+]
+Newest = Annotated[
+    bool, typer.Option("--newest", help="The newest first, or the newest that --limit allows.")
+]
 Reroute = Annotated[
     bool,
     typer.Option("--reroute", help="Use the current routes; also for queued and held deliveries."),
@@ -156,33 +256,55 @@ def list_(
         bool, typer.Option("--all", help="Also deliveries that are finished.")
     ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many lines.")] = None,
+    newest: Newest = False,
+    count_by: Annotated[
+        str | None,
+        typer.Option(
+            help="Count by reason, sender, domain, server, route or client. Addresses, ids and"
+            " numbers in reasons are masked.",
+            autocompletion=_count_keys,
+        ),
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Only these columns of the view: queue_id,state,reason")
+    ] = None,
+    form: Format = None,
     watch: Watch = None,
     json_lines: Json = False,
 ) -> int:
     """List the queue, a line for each recipient, oldest first."""
-    from commands.ops.show import list_queue, watched
+    from commands.ops.listing import ListOptions, list_queue
+    from commands.ops.show import watched
 
-    return watched(
-        watch,
-        lambda: list_queue(filter_, everything=everything, limit=limit, json_lines=json_lines),
+    options = ListOptions(
+        everything=everything,
+        limit=limit,
+        newest=newest,
+        columns=tuple(columns.replace(",", " ").split()) if columns else (),
+        form=form_of(form, json_lines=json_lines),
     )
+    return watched(watch, lambda: list_queue(filter_, options, count_by=count_by))
 
 
 @command(queue)
-def show(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> int:
+def show(queue_id: Id, watch: Watch = None, local: Local = False, json_lines: Json = False) -> int:
     """Show everything about a message. Prints envelope, deliveries, and every attempt with its
     reply."""
     from commands.ops.show import show_message, watched
+    from commands.output import local_times
 
-    return watched(watch, lambda: show_message(queue_id, json_lines=json_lines))
+    with local_times(local):
+        return watched(watch, lambda: show_message(queue_id, json_lines=json_lines))
 
 
 @command(queue)
-def why(queue_id: Id, watch: Watch = None, json_lines: Json = False) -> int:
+def why(queue_id: Id, watch: Watch = None, local: Local = False, json_lines: Json = False) -> int:
     """Say why a message is not being sent now, and when it will be."""
     from commands.ops.show import show_why, watched
+    from commands.output import local_times
 
-    return watched(watch, lambda: show_why(queue_id, json_lines=json_lines))
+    with local_times(local):
+        return watched(watch, lambda: show_why(queue_id, json_lines=json_lines))
 
 
 @command(queue)
@@ -202,11 +324,58 @@ def body(queue_id: Id) -> int:
 
 
 @command(queue)
-def stats(watch: Watch = None, json_lines: Json = False) -> int:
+def stats(watch: Watch = None, local: Local = False, json_lines: Json = False) -> int:
     """Count the queue by state and age. Also prints workers, servers, rates and slow attempts."""
     from commands.ops.show import show_stats, watched
+    from commands.output import local_times
 
-    return watched(watch, lambda: show_stats(json_lines=json_lines))
+    with local_times(local):
+        return watched(watch, lambda: show_stats(json_lines=json_lines))
+
+
+@command(queue)
+def problems(
+    nagios: Annotated[
+        bool, typer.Option("--nagios", help="One line, and the exit statuses of Nagios.")
+    ] = False,
+    form: Format = None,
+    watch: Watch = None,
+    json_lines: Json = False,
+) -> int:
+    """Show what is wrong now, and the next command to type. Exits with status 1 if anything is."""
+    from commands.ops.problems import show_problems
+    from commands.ops.show import watched
+
+    shown = form_of(form, json_lines=json_lines)
+    return watched(watch, lambda: show_problems(form=shown, nagios=nagios))
+
+
+@command(queue)
+def actions(
+    queue_id: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="Only those on this message.")
+    ] = None,
+    newer_than: Annotated[str | None, typer.Option(help="In the last 30s, 5m, 2h, 5d.")] = None,
+    actor: Annotated[
+        str | None, typer.Option(help="Only of this operator: user@host. * matches anything.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many lines.")] = None,
+    form: Format = None,
+    local: Local = False,
+    json_lines: Json = False,
+) -> int:
+    """Show what operators did: who, when, why, and to how many deliveries. Newest first."""
+    from commands.ops.actions import show_actions
+    from commands.output import local_times
+
+    with local_times(local):
+        return show_actions(
+            queue_id,
+            newer_than=length("--newer-than", newer_than),
+            actor=actor,
+            limit=limit,
+            form=form_of(form, json_lines=json_lines),
+        )
 
 
 def _operation(name: str, help_: str, *omitted: str) -> None:
@@ -220,6 +389,7 @@ def _operation(name: str, help_: str, *omitted: str) -> None:
         reason: Reason = "",
         reroute: Reroute = False,
         limit: Limit = None,
+        newest: Newest = False,
         json_lines: Json = False,
     ) -> int:
         from commands.ops.modify import change
@@ -232,6 +402,7 @@ def _operation(name: str, help_: str, *omitted: str) -> None:
             yes=yes,
             reason=reason,
             limit=limit,
+            newest=newest,
             json_lines=json_lines,
         )
 

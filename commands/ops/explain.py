@@ -159,6 +159,8 @@ def _deferred(row: DeliveryRow, facts: Facts) -> str:
     text = f"deferred until {stamp(row.due_at)} ({ago(row.due_at)})"
     if _seconds_since(row.due_at) >= 0:
         text = f"deferred, and overdue for {ago(row.due_at)}"
+        if _is_paused(row.route, facts):
+            text = f"deferred, due {ago(row.due_at)} ago"
     text += f", because {_last(row)} (try {row.claim_count})"
     if cause := _obstacle(row.route, facts):
         text += f"; now {cause}"
@@ -283,6 +285,12 @@ def _obstacle_at(server: str, facts: Facts) -> str:
         return ""
     reason = max(reasons.values())
     return f"the circuit of server {server} is open: it is tried again within a minute ({reason})"
+
+
+def _is_paused(route: str, facts: Facts) -> bool:
+    """Whether a pause alone keeps mail of that route."""
+    servers = [f"server:{server}" in facts.pauses for server in facts.routes.get(route, ())]
+    return f"route:{route}" in facts.pauses or (bool(servers) and all(servers))
 
 
 def _pause(subject: str, facts: Facts) -> str:

@@ -55,10 +55,11 @@ def change(
     yes: bool = False,
     reason: str = "",
     limit: int | None = None,
+    newest: bool = False,
     json_lines: bool = False,
 ) -> int:
-    """Apply an operation to the deliveries that the filter matches, the oldest `limit` of them; the
-    exit status."""
+    """Apply an operation to the deliveries that the filter matches, at most `limit` of them: the
+    oldest or the `newest`; the exit status."""
     settings = load(Settings)
     if not filter_.shown() and not everything:
         raise CommandError(WRONG_USE, "no filter: add one, or --all")
@@ -73,10 +74,11 @@ def change(
             raise CommandError(
                 NOTHING_MATCHED, f"nothing to {name}: it applies to {states} deliveries"
             )
-        oldest = "" if limit is None or limit >= matched.total() else f"the oldest {limit} of "
+        age = "newest" if newest else "oldest"
+        oldest = "" if limit is None or limit >= matched.total() else f"the {age} {limit} of "
         summary = f"{name} {oldest}{_counts(matched)}"
         if dry_run:
-            rows = operations.matching_rows(operation, filter_, limit=limit)
+            rows = operations.matching_rows(operation, filter_, limit=limit, newest=newest)
             write(rows, COLUMNS, json_lines=json_lines)
             say(f"would {summary}")
             return DONE
@@ -88,6 +90,7 @@ def change(
             actor=actor(),
             reason=reason,
             limit=limit,
+            newest=newest,
             route_for=Routes.load(settings).route_for if operation is REROUTE else None,
         )
         spool, changed, removed = mounted_spool(settings, queue), Counter[str](), 0

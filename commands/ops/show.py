@@ -1,10 +1,12 @@
-"""The commands that read the queue: `list`, `show`, `why`, `headers`, `body` and `stats`.
+"""The commands that read the queue: `show`, `why`, `headers`, `body` and `stats`. `list` is in
+`commands.ops.listing`.
 
 Everything is read through `relay.report.queries`, from the views that people also query by SQL.
 What must stay true: reading takes no lock, changes nothing, and creates no database.
 """
 
 import contextlib
+import os
 import shutil
 import sys
 import time
@@ -32,7 +34,6 @@ from commands.output import (
     span,
     stamp,
     write,
-    write_lines,
 )
 from relay.db import engine as database
 from relay.queue.outcome import Outcome
@@ -57,11 +58,12 @@ MAX_WORKERS = 50  # that a table shows
 _CELLS: dict[str, Callable[[Any], str]] = {
     **dict.fromkeys(("sender", "recipient"), lambda address: cut(address, 28)),
     **dict.fromkeys(("id", "queue_id"), lambda queue_id: str(queue_id[-ID_DIGITS:])),
-    **dict.fromkeys(("size", "bytes", "bytes_sent", "disk", "live"), size),
+    **dict.fromkeys(
+        ("size", "bytes", "bytes_sent", "disk", "live", "free_bytes", "total_bytes"), size
+    ),
     **dict.fromkeys((*AGES, "older"), lambda count: str(count or "")),
-    "next_at": due,
-    "started_at": stamp,
-    **dict.fromkeys(("oldest_seconds", "lag_seconds"), span),
+    **dict.fromkeys(("started_at", "acted_at"), stamp),
+    **dict.fromkeys(("oldest_seconds", "lag_seconds", "drain_seconds"), span),
     "seconds": "{:.3f}s".format,
 }
 
@@ -80,6 +82,11 @@ def _columns(headings: str) -> Columns:
     return {heading.replace("_", " "): _cell(name or heading.lower()) for heading, name in pairs}
 
 
+def columns_of(*names: str) -> Columns:
+    """Columns with the names of the values in capitals."""
+    return {name.removesuffix("_at").replace("_", " ").upper(): _cell(name) for name in names}
+
+
 def circuit_of(row: Row) -> str:
     """Why nothing is sent to a server now; empty when it is sent to."""
     if row["paused_at"]:
@@ -87,11 +94,23 @@ def circuit_of(row: Row) -> str:
     return f"circuit open: {row['circuit_open_reason']}" if row["circuit_open_workers"] else ""
 
 
-COLUMNS = _columns(
-    "ID=queue_id STATE AGE=received_at SIZE SENDER RECIPIENT TRIES=attempts NEXT=next_at REASON"
-)
+def _next(row: Row) -> str:
+    """When a delivery is tried next, or for how long it has waited behind a pause."""
+    return f"paused {ago(row['paused_at'])}" if row["paused_at"] else due(row["next_at"])
+
+
+COLUMNS: Columns = {
+    **_columns(
+        "ID=queue_id STATE AGE=received_at SIZE SENDER RECIPIENT FOR=servers TRIES=attempts"
+    ),
+    "NEXT": _next,
+    **_columns("REASON"),
+}
 # The columns of the view that COLUMNS shows.
-LISTED = "queue_id, state, received_at, size, sender, recipient, attempts, next_at, reason"
+LISTED = (
+    "queue_id, state, received_at, size, sender, recipient, servers, attempts, next_at, paused_at,"
+    " reason"
+)
 _ATTEMPTS: Columns = {
     "TRY": lambda row: f"{row['delivery']}.{row['claim']}.{row['attempt_index']}",
     **_columns("AT=started_at"),
@@ -103,19 +122,24 @@ _WORKERS: Columns = {
     "HOST": lambda row: f"{row['host']} {row['pid']}",
     **_columns("STARTED=started_at"),
     "LEASE": lambda row: ago(row["lease_expires_at"]) if row["alive"] else "expired",
-    **_columns("SENDING"),
+    **_columns("SENDING VERSION"),
 }
 OUTCOMES = ("delivered", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
 _SERVERS: Columns = {
-    **_columns("SERVER TRIES=attempts LAST=last_at"),
+    **_columns("SERVER WAITING TRIES=attempts LAST=last_at"),
     "OUTCOMES": lambda row: ", ".join(f"{row[name]} {name}" for name in OUTCOMES if row[name]),
     "NOW": circuit_of,
 }
-_SUMMARY = _columns("STATE ROUTE DELIVERIES BYTES OLDEST=oldest_seconds OVERDUE")
-_PAUSES = _columns("PAUSED=subject SINCE=since_at BY=actor REASON")
+_SUMMARY = _columns("STATE ROUTE DELIVERIES BYTES OLDEST=oldest_seconds OVERDUE PAUSED")
+_PAUSES = _columns("PAUSED=subject SINCE=paused_at BY=actor DELIVERIES REASON")
 _JOURNAL = _columns("WITHOUT_ROWS=messages BYTES FOR=lag_seconds SEGMENTS DISK LIVE")
 _RECEIVED = _columns("LAST_MINUTE LAST_HOUR BYTES")
 _RATES = _columns("OUTCOME LAST_MINUTE LAST_HOUR BYTES=bytes_sent MEAN=seconds")
+_FLOW = _columns("MINUTES IN=received OUT=finished WAITING DRAINED_IN=drain_seconds")
+_VERSIONS = _columns(
+    "VERSION SINCE=started_at WORKERS TRIES=attempts DELIVERED DEFERRED REJECTED FAILED UNCERTAIN"
+)
+_DISK = _columns("FREE=free_bytes SIZE=total_bytes DIRECTORY")
 _SLOWEST = _columns("ID=queue_id TOOK=seconds SERVER BYTES=bytes_sent OUTCOME REPLY")
 _AGES: Columns = {
     **_columns(
@@ -179,29 +203,6 @@ def watched(
             sys.stdout.flush()
             pause(interval)
     return status
-
-
-def list_queue(filter_: Filter, *, everything: bool, limit: int | None, json_lines: bool) -> int:
-    """Print what matches, a row for each recipient; the exit status."""
-    settings = load(Settings)
-    with opened(settings) as engine:
-        queue = QueueReader(engine)
-        with journal_answers(settings, filter_.id):
-            filter_ = resolved(queue, filter_)
-        if sys.stdout.isatty() and not json_lines:
-            rows = queue.rows(filter_, limit=limit, finished=everything, columns=LISTED)
-            count = write(rows, COLUMNS)
-        else:
-            lines = queue.lines(filter_, limit=limit, finished=everything, objects=json_lines)
-            count = write_lines(lines, json_lines=json_lines)
-    if count:
-        return DONE
-    everything = everything or filter_.is_history()
-    if filter_.shown():
-        say("no mail matches" if everything else "no unfinished mail matches; try --all")
-    else:
-        say("no mail is kept" if everything else "the queue is empty")
-    return NOTHING_MATCHED
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +321,8 @@ def described(report: MessageReport) -> list[tuple[str, str]]:
         origin = f", split from delivery {row.parent}" if row.parent else ""
         finished = f" {stamp(row.finished_at)}" if row.finished_at else ""
         worker = f" by worker {row.worker[-ID_DIGITS:]}" if row.worker else ""
-        route = f"route {row.route}{origin}, expires {stamp(row.expires_at)}"
+        to_servers = f" to {row.servers}" if row.servers else ""
+        route = f"route {row.route}{to_servers}{origin}, expires {stamp(row.expires_at)}"
         lines.append((f"delivery {row.number}", f"{row.state}{finished}{worker}, {route}"))
     lines += [("why", row["why"]) for row in report.why]
     servers = {
@@ -433,8 +435,17 @@ def journal_rows(settings: Settings, queue: QueueReader) -> list[Row]:
     ]
 
 
+def disk_of(spool: Spool | None) -> list[Row]:
+    """The free space of the spool, if it is mounted here."""
+    if spool is None:
+        return []
+    disk = os.statvfs(spool.directory)
+    free, total = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+    return [{"directory": str(spool.directory), "free_bytes": free, "total_bytes": total}]
+
+
 def show_stats(*, json_lines: bool) -> int:
-    """Print counts, ages, workers, servers, pauses and rates; the exit status."""
+    """Print counts, ages, workers, servers, pauses, rates and disk; the exit status."""
     settings = load(Settings)
     with opened(settings) as engine:
         queue = QueueReader(engine)
@@ -445,8 +456,11 @@ def show_stats(*, json_lines: bool) -> int:
             ("age", "unfinished recipients by age and domain", statistics.ages(), _AGES),
             ("worker", "workers", workers, _WORKERS),
             ("server", "servers", queue.read("servers"), _SERVERS),
-            ("pause", "pauses", [asdict(row) for row in queue.pauses()], _PAUSES),
+            ("pause", "pauses", queue.read("paused"), _PAUSES),
             ("journal", "journal", journal_rows(settings, queue), _JOURNAL),
+            ("flow", "deliveries in and out", statistics.read("flow"), _FLOW),
+            ("disk", "disk of the spool", disk_of(mounted_spool(settings, queue)), _DISK),
+            ("version", "tries of the last day by version", statistics.read("versions"), _VERSIONS),
             ("received", "received messages", [statistics.received()], _RECEIVED),
             ("rate", "tries of the last hour", statistics.read("rates"), _RATES),
             (

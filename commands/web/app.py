@@ -207,14 +207,15 @@ class Pages:
             },
             "oldest": max((row["oldest_seconds"] for row in waiting), default=None),
             "overdue": sum(row["overdue"] for row in waiting),
+            "paused": sum(row["paused"] for row in waiting),
             "servers": self._queue.read("servers"),
             "workers": [row for row in self._queue.workers() if row.ended_at is None],
-            "pauses": self._queue.pauses(),
+            "pauses": self._queue.read("paused"),
             "journal": journal_rows(self._settings, self._queue),
             "rate": charts.rate(now, steps, STEP, STEPS),
             "latency": charts.latency(now, steps, STEP, STEPS),
             "hours": charts.hourly(now, steps, STEP, STEPS),
-            "at": time.strftime("%H:%M:%S"),
+            "at": stamp(now),
         }
 
     def search(self, request: Request) -> Response:

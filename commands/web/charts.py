@@ -9,7 +9,7 @@ stopped. The style sheet sets colours and patterns; text always repeats what a c
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from relay.report.rows import Row
 
@@ -141,7 +141,7 @@ def _y(part: float) -> float:
 
 def _hours(now: datetime, seconds: int) -> list[tuple[float, str]]:
     """Where the hours begin, without those too near to an edge."""
-    began = now.astimezone().replace(minute=0, second=0, microsecond=0)
+    began = now.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
     positions = []
     for n in range(seconds // 3600 + 1):
         x = 100 - ((now - began).total_seconds() + n * 3600) / seconds * 100
@@ -155,4 +155,4 @@ def _between(now: datetime, ago: int, step: int) -> str:
 
 
 def _clock(now: datetime, seconds_ago: int) -> str:
-    return (now - timedelta(seconds=seconds_ago)).astimezone().strftime("%H:%M")
+    return (now - timedelta(seconds=seconds_ago)).astimezone(UTC).strftime("%H:%M")

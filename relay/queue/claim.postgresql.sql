@@ -1,8 +1,9 @@
 -- A worker's statements (relay/queue/claim.py). A batch of rows is one JSON parameter.
 
 -- name: register_worker
-INSERT INTO workers (id, host, pid, started_at, lease_expires_at, claim_seconds)
-VALUES (:worker, :host, :pid, now(), now() + :lease * interval '1 second', :claim_seconds)
+INSERT INTO workers (id, host, pid, started_at, lease_expires_at, claim_seconds, version)
+VALUES (:worker, :host, :pid, now(), now() + :lease * interval '1 second', :claim_seconds,
+    :version)
 ON CONFLICT DO NOTHING;
 
 -- name: retire_worker

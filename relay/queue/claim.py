@@ -40,6 +40,7 @@ from relay.queue.states import State, successors
 from relay.settings import WorkerSettings
 from relay.spool.journal.format import Place
 from relay.spool.retention import deletable_bodies
+from relay.version import running_version
 
 type Key = tuple[str, int]
 # The other final states may have a DSN pending, which needs the body.
@@ -95,6 +96,7 @@ class WorkerQueue:
                 host=host,
                 pid=pid,
                 claim_seconds=round(self._far),
+                version=running_version(),
             )
 
     def retire(self, worker: str) -> None:

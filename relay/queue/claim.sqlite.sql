@@ -2,9 +2,9 @@
 -- microseconds; a transaction is the only writer from its beginning, so nothing is locked.
 
 -- name: register_worker
-INSERT INTO workers (id, host, pid, started_at, lease_expires_at, claim_seconds)
+INSERT INTO workers (id, host, pid, started_at, lease_expires_at, claim_seconds, version)
 VALUES (:worker, :host, :pid, (SELECT now FROM clock),
-    (SELECT now FROM clock) + CAST(:lease * 1000000 AS INTEGER), :claim_seconds)
+    (SELECT now FROM clock) + CAST(:lease * 1000000 AS INTEGER), :claim_seconds, :version)
 ON CONFLICT DO NOTHING;
 
 -- name: retire_worker

@@ -76,18 +76,24 @@ class QueueOperations:
             return Counter(dict(connection.execute(text(sql), parameters).all()))
 
     def matching_rows(
-        self, operation: Operation, filter_: Filter, *, limit: int | None = None
+        self,
+        operation: Operation,
+        filter_: Filter,
+        *,
+        limit: int | None = None,
+        newest: bool = False,
     ) -> Iterator[dict[str, Any]]:
         """Rows of `mail_history` that the operation would change, with all recipients of each
         delivery; streamed.
 
-        `limit`: those of the oldest so many deliveries.
+        `limit`: those of so many deliveries, the oldest or the `newest`.
         """
         where, parameters = self._condition(operation, filter_)
         if limit is not None:
             parameters["limit"] = limit
+            order = "1 DESC, 2 DESC" if newest else "1, 2"
             where = f"""(d.queue_id, d.number) IN (SELECT d.queue_id, d.number FROM deliveries d
-                WHERE {where} ORDER BY 1, 2 LIMIT :limit)"""
+                WHERE {where} ORDER BY {order} LIMIT :limit)"""
         return QueueReader(self._engine).select(
             f"""SELECT v.* FROM mail_history v WHERE EXISTS (SELECT 1 FROM deliveries d
                 WHERE d.queue_id = v.queue_uuid AND d.number = v.delivery AND {where})
@@ -128,12 +134,19 @@ class QueueOperations:
         reason: str,
         route_for: Callable[[str], str] | None = None,
         limit: int | None = None,
+        newest: bool = False,
     ) -> Iterator[tuple[Counter[str], list[str]]]:
         """Change the deliveries as `apply` does, chunk by chunk; the result of each after its
-        COMMIT."""
+        COMMIT.
+
+        `newest`: the newest `limit` of them, also in the order of their keys.
+        """
         where, parameters = self._condition(operation, filter_)
         why = _reason(operation, actor, reason)
         shown = filter_.shown() if limit is None else f"{filter_.shown()} --limit {limit}".lstrip()
+        if newest and limit is not None:
+            shown += " --newest"
+            where, parameters = self._from_newest(where, parameters, limit)
         entry = AuditEntry(self._engine, actor, operation.name, reason, shown)
         parameters |= {"after": FIRST, "number": 0}
         left = sys.maxsize if limit is None else limit
@@ -156,6 +169,22 @@ class QueueOperations:
             if len(locked) < parameters["most"]:
                 return
             parameters |= {"after": str(locked[-1][0]), "number": locked[-1][1]}
+
+    def _from_newest(
+        self, where: str, parameters: dict[str, Any], limit: int
+    ) -> tuple[str, dict[str, Any]]:
+        """The condition for the newest `limit` of the deliveries, which can be locked in key
+        order: it begins with the oldest of them."""
+        sql = f"""SELECT d.queue_id, d.number FROM deliveries d WHERE {where}
+            ORDER BY d.queue_id DESC, d.number DESC LIMIT 1 OFFSET :beyond"""
+        with reading(self._engine) as connection:
+            row = connection.execute(text(sql), parameters | {"beyond": limit - 1}).first()
+        if row is None:
+            return where, parameters
+        first = {"first_id": str(row[0]), "first_number": row[1]}
+        return f"({where}) AND (d.queue_id, d.number) >= (:first_id, :first_number)", (
+            parameters | first
+        )
 
     def _lock(
         self, connection: Connection, where: str, parameters: dict[str, Any]

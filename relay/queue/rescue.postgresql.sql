@@ -78,9 +78,13 @@ SET state = x.final,
 FROM x WHERE d.queue_id = x.queue_id AND d.number = x.number;
 
 -- name: publish_open_circuits
-DELETE FROM open_circuits WHERE worker = :worker;
-INSERT INTO open_circuits (worker, server, why)
-SELECT CAST(:worker AS uuid), x.key, x.value FROM json_each_text(CAST(:circuits AS json)) AS x;
+-- A circuit that stays open keeps the time when it opened.
+DELETE FROM open_circuits
+WHERE worker = CAST(:worker AS uuid)
+    AND server NOT IN (SELECT key FROM json_each_text(CAST(:circuits AS json)));
+INSERT INTO open_circuits (worker, server, why, since)
+SELECT CAST(:worker AS uuid), key, value, now() FROM json_each_text(CAST(:circuits AS json))
+ON CONFLICT (worker, server) DO UPDATE SET why = excluded.why;
 
 -- name: publish_routes
 UPDATE workers SET routes = :routes WHERE id = :worker;

@@ -79,9 +79,12 @@ FROM (
 WHERE deliveries.queue_id = x.queue_id AND deliveries.number = x.number;
 
 -- name: publish_open_circuits
-DELETE FROM open_circuits WHERE worker = :worker;
-INSERT INTO open_circuits (worker, server, why)
-SELECT :worker, key, value FROM json_each(:circuits);
+-- A circuit that stays open keeps the time when it opened.
+DELETE FROM open_circuits
+WHERE worker = :worker AND server NOT IN (SELECT key FROM json_each(:circuits));
+INSERT INTO open_circuits (worker, server, why, since)
+SELECT :worker, key, value, (SELECT now FROM clock) FROM json_each(:circuits)
+WHERE true ON CONFLICT (worker, server) DO UPDATE SET why = excluded.why;
 
 -- name: publish_routes
 UPDATE workers SET routes = :routes WHERE id = :worker;

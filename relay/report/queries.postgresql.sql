@@ -34,11 +34,14 @@ WHERE queue_id = CAST(:id AS uuid)
 ORDER BY position;
 
 -- name: deliveries
-SELECT number, parent, route, state, due_at, expires_at, claim_count,
+SELECT number, parent, d.route,
+       CASE WHEN state IN ('queued', 'sending', 'deferred', 'held') THEN o.servers END AS servers,
+       state, due_at, expires_at, claim_count,
        replace(CAST(worker AS text), '-', '') AS worker, deferrals, crash_count,
        pending_operation, last_outcome, last_reply, reason_source, last_server, dsn_withheld,
        finished_at
-FROM deliveries
+FROM deliveries d
+LEFT JOIN route_overview o ON o.route = d.route
 WHERE queue_id = CAST(:id AS uuid)
 ORDER BY number;
 
@@ -58,7 +61,8 @@ SELECT * FROM queue_summary ORDER BY state, route;
 -- Python.
 SELECT server, attempts, delivered, deferred, rejected, unreachable, uncertain, interrupted,
        CAST(bytes_sent AS bigint) AS bytes_sent, last_at, circuit_open_workers,
-       circuit_open_reason, paused_at
+       circuit_open_reason, failed_at, paused_at,
+       waiting
 FROM server_health
 ORDER BY server;
 
@@ -118,11 +122,15 @@ SELECT replace(CAST(id AS text), '-', '') AS id FROM spool;
 -- name: pauses
 SELECT subject, since AS since_at, actor, reason FROM pauses ORDER BY subject;
 
+-- name: paused
+-- The same with the mail that waits behind each, which takes longer.
+SELECT subject, paused_at, actor, reason, deliveries FROM paused ORDER BY subject;
+
 -- name: workers
 -- All workers that have not ended, then the last that have.
 SELECT replace(CAST(w.id AS text), '-', '') AS id, w.host, w.pid, w.started_at, w.lease_expires_at,
        w.ended_at, w.end_reason, w.ended_at IS NULL AND w.lease_expires_at > now() AS alive,
-       coalesce(d.sending, 0) AS sending, w.claim_seconds, w.routes
+       coalesce(d.sending, 0) AS sending, w.claim_seconds, w.routes, w.version
 FROM workers w
 LEFT JOIN (
     SELECT worker, count(*) AS sending FROM deliveries WHERE state = 'sending' GROUP BY worker
@@ -170,3 +178,12 @@ FROM messages
 WHERE id <= CAST(:after AS uuid)
 ORDER BY messages.id DESC
 LIMIT 1 OFFSET :skip;
+
+-- name: actions
+-- What operators did, the newest first; of everybody, or of those whose name is like :actor.
+SELECT a.at AS acted_at, a.actor, a.operation, a.matched AS changed, a.filter, a.reason
+FROM audit a
+WHERE a.at > now() - :seconds * interval '1 second'
+  AND a.actor LIKE :actor ESCAPE '\'
+ORDER BY a.at DESC, a.id DESC
+LIMIT :most;

@@ -24,6 +24,7 @@ from relay.db.sql import Queries
 from relay.ids import dashed
 from relay.queue.states import UNFINISHED, State
 from relay.report.filters import SPELLINGS, Filter, spelled
+from relay.report.masking import masked
 from relay.report.rows import (
     AttemptRow,
     DeliveryRow,
@@ -40,6 +41,15 @@ _FEW = 1000  # rows that are sorted, or held in memory, at once
 LIST_TIMEOUT = 3600  # seconds for the reader of a list, so that no snapshot stays open for good
 ENDED_WORKERS = 50  # workers that have ended and are still listed
 SCAN_LIMIT = 100_000  # messages that a page scans where no index finds the rows
+# What a list can be counted by, and the column of `mail_history` (v), or of `route_servers` (s).
+COUNT_KEYS = {
+    "reason": "v.reason",
+    "sender": "v.sender",
+    "domain": "v.domain",
+    "server": "coalesce(s.server, v.server)",
+    "route": "v.route",
+    "client": "v.client_address",
+}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FIRST_ID, _LAST_ID = "0" * 32, "f" * 32
 
@@ -69,7 +79,7 @@ def _moment(value: datetime | str | int) -> datetime:
     if isinstance(value, int):
         return _EPOCH + timedelta(microseconds=value)
     if isinstance(value, str):
-        return datetime.fromisoformat(value).replace(tzinfo=UTC)
+        return datetime.fromisoformat(value)
     return value.astimezone(UTC)
 
 
@@ -131,10 +141,30 @@ class QueueReader(Reader):
         down_to: str | None = None,
     ) -> tuple[str, dict[str, Any]]:
         """The statement that reads these columns as `rows` does, and its parameters."""
+        view, where, parameters = self._selected(
+            filter_, finished, newest=newest, after=after, down_to=down_to
+        )
+        order = "DESC" if newest else "ASC"
+        sql = f"SELECT {columns} FROM {view} WHERE {where}"
+        sql += f" ORDER BY queue_uuid {order}, position {order}"
+        if limit is None:
+            return sql, parameters
+        return f"{sql} LIMIT :most", parameters | {"most": limit}
+
+    def _selected(
+        self,
+        filter_: Filter,
+        finished: bool,
+        *,
+        newest: bool = False,
+        after: tuple[str, int] | None = None,
+        down_to: str | None = None,
+    ) -> tuple[str, str, dict[str, Any]]:
+        """The view, as the database reads it best, the condition, and its parameters."""
         database = self.engine.dialect.name
         where, parameters = filter_.where(database)
         view = "mail_history" if finished or filter_.is_history() else "mail_queue"
-        behind, order = ("<", "DESC") if newest else (">", "ASC")
+        behind = "<" if newest else ">"
         if after is not None:
             # The first condition is for the index.
             where += f" AND queue_uuid {behind}= :after"
@@ -150,11 +180,40 @@ class QueueReader(Reader):
             view = f"({inner} {more} r.queue_id {behind}= :after AND m.id {behind}= :after) AS v"
         elif database == "sqlite" and not self.few(filter_):
             view = f"({_in_order(self._definition(view), filter_)})"
-        sql = f"SELECT {columns} FROM {view} WHERE {where}"
-        sql += f" ORDER BY queue_uuid {order}, position {order}"
-        if limit is None:
-            return sql, parameters
-        return f"{sql} LIMIT :most", parameters | {"most": limit}
+        return view, where, parameters
+
+    def counted_by(self, key: str, filter_: Filter, *, finished: bool = False) -> list[Row]:
+        """How many deliveries and recipients have each value of a key of COUNT_KEYS, most first.
+
+        A row has the key's name, `deliveries`, `recipients` and `oldest_at`. Unfinished mail counts
+        under each server of its route, finished mail under its last one. Reasons are masked, but
+        not those of pauses, which name an operator.
+        """
+        view, where, parameters = self._selected(filter_, finished)
+        column, source = COUNT_KEYS[key], f"(SELECT * FROM {view} AS v WHERE {where}) AS v"
+        if key == "server":
+            source += " LEFT JOIN route_servers s ON s.route = v.route AND v.finished_at IS NULL"
+        sql = f"""SELECT {column} AS counted, v.paused_at IS NOT NULL AS paused,
+                count(*) AS recipients,
+                count(DISTINCT CAST(v.queue_uuid AS text) || '.' || v.delivery) AS deliveries,
+                min(v.received_at) AS oldest_at
+            FROM {source} GROUP BY 1, 2"""
+        groups: dict[str, dict[str, Any]] = {}
+        for row in self.select(sql, parameters):
+            value = str(row["counted"] or "")
+            value = masked(value) if key == "reason" and not row["paused"] else value
+            group = groups.setdefault(
+                value, {key: value, "deliveries": 0, "recipients": 0, "oldest_at": row["oldest_at"]}
+            )
+            group["deliveries"] += row["deliveries"]
+            group["recipients"] += row["recipients"]
+            group["oldest_at"] = min(group["oldest_at"], row["oldest_at"])
+        return sorted(groups.values(), key=lambda row: (-row["deliveries"], row[key]))
+
+    def columns(self) -> tuple[str, ...]:
+        """The names of the columns of `mail_queue` and `mail_history`."""
+        with reading(self.engine) as connection:
+            return tuple(self._queries.run(connection, "listed_columns").keys())
 
     def _definition(self, view: str) -> str:
         with reading(self.engine) as connection:
@@ -166,15 +225,16 @@ class QueueReader(Reader):
         *,
         limit: int | None = None,
         finished: bool = False,
+        newest: bool = False,
         objects: bool = False,
+        columns: Sequence[str] = (),
     ) -> Iterator[Sequence[str]]:
         """The same rows as lines in batches: the names of the columns, then values, between tabs.
 
-        `objects`: each line is a JSON object, without a line of names. The database makes the
-        lines: in Python each column costs more than finding the row.
+        `objects`: each line is a JSON object, without a line of names. `columns`: these alone. The
+        database makes the lines: in Python each column costs more than finding the row.
         """
-        with reading(self.engine) as connection:
-            names = tuple(self._queries.run(connection, "listed_columns").keys())
+        names = columns or self.columns()
         database = self.engine.dialect.name
         time = SPELLINGS[database].time
         values = [time.format(name) if name.endswith("_at") else name for name in names]
@@ -187,7 +247,7 @@ class QueueReader(Reader):
             line = f"CAST((SELECT row_to_json(o) FROM (SELECT {row}) AS o) AS text)"
         else:
             line = f"json_object({', '.join(f"'{name}', {value}" for name, value in named)})"
-        sql, parameters = self.listing(line, filter_, limit, finished)
+        sql, parameters = self.listing(line, filter_, limit, finished, newest=newest)
         if database == "postgresql":
             yield from batched(self._copied(sql, parameters), 1000)
         else:
@@ -327,7 +387,7 @@ class QueueReader(Reader):
 def _in_order(view: str, filter_: Filter) -> str:
     """A view that SQLite reads from the deliveries on, all or those of an index: its planner would
     choose worse."""
-    view = view.replace("JOIN", "CROSS JOIN")
+    view = re.sub(r"(?<!LEFT )JOIN", "CROSS JOIN", view)
     if filter_.states == (State.HELD,):
         return f"{view} WHERE d.state = 'held'"  # SQLite does not see that IN means the same
     if filter_.states == (State.SENDING,):  # few; other states may have many

@@ -35,10 +35,13 @@ WHERE queue_id = :id
 ORDER BY position;
 
 -- name: deliveries
-SELECT number, parent, route, state, due_at, expires_at, claim_count,
+SELECT number, parent, d.route,
+       CASE WHEN state IN ('queued', 'sending', 'deferred', 'held') THEN o.servers END AS servers,
+       state, due_at, expires_at, claim_count,
        replace(worker, '-', '') AS worker, deferrals, crash_count, pending_operation,
        last_outcome, last_reply, reason_source, last_server, dsn_withheld, finished_at
-FROM deliveries
+FROM deliveries d
+LEFT JOIN route_overview o ON o.route = d.route
 WHERE queue_id = :id
 ORDER BY number;
 
@@ -56,7 +59,8 @@ SELECT * FROM queue_summary ORDER BY state, route;
 -- name: servers
 -- Outcomes by server in the last hour.
 SELECT server, attempts, delivered, deferred, rejected, unreachable, uncertain, interrupted,
-       bytes_sent, last_at, circuit_open_workers, circuit_open_reason, paused_at
+       bytes_sent, last_at, circuit_open_workers, circuit_open_reason, failed_at, paused_at,
+       waiting
 FROM server_health
 ORDER BY server;
 
@@ -114,12 +118,16 @@ SELECT replace(id, '-', '') AS id FROM spool;
 -- name: pauses
 SELECT subject, since AS since_at, actor, reason FROM pauses ORDER BY subject;
 
+-- name: paused
+-- The same with the mail that waits behind each, which takes longer.
+SELECT subject, paused_at, actor, reason, deliveries FROM paused ORDER BY subject;
+
 -- name: workers
 -- All workers that have not ended, then the last that have.
 SELECT replace(w.id, '-', '') AS id, w.host, w.pid, w.started_at, w.lease_expires_at, w.ended_at,
        w.end_reason,
        w.ended_at IS NULL AND w.lease_expires_at > (SELECT now FROM clock) AS alive,
-       coalesce(d.sending, 0) AS sending, w.claim_seconds, w.routes
+       coalesce(d.sending, 0) AS sending, w.claim_seconds, w.routes, w.version
 FROM workers w
 LEFT JOIN (
     SELECT worker, count(*) AS sending FROM deliveries WHERE state = 'sending' GROUP BY worker
@@ -165,3 +173,12 @@ FROM messages
 WHERE id <= :after
 ORDER BY messages.id DESC
 LIMIT 1 OFFSET :skip;
+
+-- name: actions
+-- What operators did, the newest first; of everybody, or of those whose name is like :actor.
+SELECT a.at AS acted_at, a.actor, a.operation, a.matched AS changed, a.filter, a.reason
+FROM audit a
+WHERE a.at > (SELECT now FROM clock) - CAST(:seconds * 1000000 AS INTEGER)
+  AND a.actor LIKE :actor ESCAPE '\'
+ORDER BY a.at DESC, a.id DESC
+LIMIT :most;

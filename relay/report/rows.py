@@ -28,6 +28,7 @@ class DeliveryRow:
     number: int
     parent: int | None
     route: str
+    servers: str | None  # unfinished: those of its route today
     state: str
     due_at: datetime | None
     expires_at: datetime
@@ -119,6 +120,7 @@ class WorkerRow:
     sending: int
     claim_seconds: float | None
     routes: dict[str, list[str]] | None
+    version: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,3 +65,22 @@ ORDER BY 1, 2;
 
 -- name: now
 SELECT now AS now_at FROM clock;
+
+-- name: flow
+SELECT minutes, received, finished, waiting, drain_seconds FROM mail_flow ORDER BY minutes;
+
+-- name: versions
+-- Attempts of the last day by the version of the worker that made them.
+SELECT coalesce(w.version, '') AS version, min(w.started_at) AS started_at,
+       count(DISTINCT w.id) AS workers, count(*) AS attempts,
+       count(*) FILTER (WHERE a.outcome = 'delivered') AS delivered,
+       count(*) FILTER (WHERE a.outcome = 'deferred') AS deferred,
+       count(*) FILTER (WHERE a.outcome = 'rejected') AS rejected,
+       count(*) FILTER (WHERE a.outcome IN ('unreachable', 'interrupted', 'unsendable'))
+           AS failed,
+       count(*) FILTER (WHERE a.outcome IN ('uncertain', 'malformed')) AS uncertain
+FROM attempts a
+LEFT JOIN workers w ON w.id = a.worker
+WHERE a.finished_at > (SELECT now FROM clock) - 86400 * 1000000
+GROUP BY 1
+ORDER BY 2, 1;

@@ -132,10 +132,9 @@ def scenario(queue: QueueHarness, spool: Spool) -> Scenario:
 
 
 def questions(database: str) -> list[list[str]]:
-    """The statements of docs/inspect.md for each of its questions, for that database."""
-    text = (
-        (Path(__file__).parents[2] / "docs" / "inspect.md").read_text().split("\n## Questions\n")[1]
-    )
+    """The statements of docs/inspect.md for each of its further questions, for that database."""
+    page = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text()
+    text = page.split("\n## More questions\n")[1]
     other = {"sqlite": "-- PostgreSQL", "postgresql": "-- SQLite"}[database]
     blocks = [block.split(";") for block in re.findall(r"```sql\n(.*?)```", text, re.DOTALL)]
     return [[query for query in block if query.strip() and other not in query] for block in blocks]

@@ -22,7 +22,7 @@ type Case = tuple[str, dict[str, str], list[int], list[int]]
 OVERDUE, SENDING, PAUSED = (
     'relay_overdue{state="queued"}',
     'relay_deliveries{state="sending"}',
-    'relay_paused{subject="a"}',
+    'relay_paused_seconds{subject="a"}',
 )
 DAYS = 'relay_tls_certificate_days{file="a"}'
 ROOM, UP = "relay_spool_free_bytes", "relay_database_up"
@@ -42,7 +42,9 @@ CASES: list[Case] = [
     ("RelayOverdue", {'relay_overdue{state="deferred"}': "0x5 3x20"}, [12], [8]),
     ("RelayOverdue", {OVERDUE: "3x20"}, [], [12]),
     ("RelayQueueIsNotTaken", {OVERDUE: "3x20", SENDING: "0x20"}, [6], [4]),
-    ("RelayQueueIsNotTaken", {OVERDUE: "3x20", SENDING: "0x20", PAUSED: "1x20"}, [], [6]),
+    # A pause of something else hides nothing.
+    ("RelayQueueIsNotTaken", {OVERDUE: "3x20", SENDING: "0x20", PAUSED: "1x20"}, [6], [4]),
+    ("RelayPausedLong", {PAUSED: "86300+60x20"}, [4], [1]),
     # smtpd alone is scraped, and has no transfers of its own.
     (
         "RelayQueueIsNotTaken",

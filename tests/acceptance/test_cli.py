@@ -157,6 +157,8 @@ READING = [
     "headers x",
     "body x",
     "stats",
+    "problems",
+    "actions",
     "retry --all",
     "hold --all",
     "release --all",

@@ -167,8 +167,8 @@ def test_every_interface_shows_the_same_ages_and_delays(console: Console) -> Non
     assert dialect.postgresql or all("." in at for at in oldest.values())
 
 
-def test_the_twenty_questions_are_answered(console: Console) -> None:
-    """The questions are those of docs/inspect.md; the scenario has the answers."""
+def test_the_twenty_further_questions_are_answered(console: Console) -> None:
+    """The further questions are those of docs/inspect.md; the scenario has the answers."""
     created, recipients = console.scenario, console.scenario.recipients
     ids = {state: set(some) for state, some in created.ids.items()}
     unfinished = sorted(i for state in UNFINISHED for i in created.ids[state])
@@ -271,8 +271,9 @@ def test_why_explains_every_state(console: Console) -> None:
         "delivered": r"delivered \w+ ago to qmqp\.example\.net:628 \(try 1\): its words",
         "dropped": r"dropped by .*here: .*, \w+ ago; no DSN is sent",
         "deferred": (
-            r"deferred(, and overdue for .*| until [-:0-9 ]+ \(in .*\)), because .* \(try 1\)\."
-            r" If it still fails after [-:0-9 ]+ it expires, (and the sender is told|without a DSN)"
+            r"deferred(, and overdue for .*| until [-:0-9 ]+Z \(in .*\)), because .* \(try 1\)\."
+            r" If it still fails after [-:0-9 ]+Z it expires, (and the sender is"
+            r" told|without a DSN)"
         ),
         "expired": (
             r"expired \w+ ago, because qmqp\.example\.net:628 deferred it: 451 still busy; (its"

@@ -162,7 +162,7 @@ def seen(
         queue.complete(queue.claim(usual)[0], Outcome.DEFERRED, reply=REPLY)
         created.add("deferred", usual)
         queue.change(
-            "INSERT INTO open_circuits VALUES (@id(:id),"
+            "INSERT INTO open_circuits (worker, server, why) VALUES (@id(:id),"
             " 'qmqp-2.mail-cluster-west.example.net:628', 'it is-away')",
             id=queue.worker,
         )

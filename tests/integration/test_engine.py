@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 
 from qmqp.body import BodyFile
 from qmqp.reply import ReplyParser
@@ -74,6 +75,36 @@ def test_a_hint_is_enough_to_deliver(harness_with: Open, sink: Sink) -> None:
     assert (got.size, got.sha256) == (len(BODY), hashlib.sha256(BODY).hexdigest())
     assert mail.attempts(queue_id) == [(f"127.0.0.1:{sink.port}", "delivered")]
     assert not mail.spool.path(queue_id).exists()
+
+
+def test_outcomes_are_logged_with_recipients_route_and_attempt(harness_with: Open) -> None:
+    once = [Rule(Answer(b"Z", b"later"), times=1), Rule(Answer(b"K"), times=1)]
+    with answering(*once, Answer(b"D", b"no")) as sink, capture_logs() as logs:
+        mail = harness_with(sink, grace=60.0, retry_min=0.1, retry_max=0.1)
+        with mail.working() as engine:
+            many = [f"r{n}@example.org" for n in range(12)]
+            queue_id = mail.accept(*many)
+            engine.offer([queue_id])
+            until(lambda: mail.state(queue_id) == "deferred")
+            mail.pass_time(3600, only=[queue_id])
+            mail.rescuer.requeue_due(9)
+            engine.offer([queue_id])
+            until(lambda: mail.state(queue_id) == "delivered")
+            other = mail.accept("x@example.org")
+            engine.offer([other])
+            until(lambda: mail.state(other) == "bounced")
+    outcomes = [log for log in logs if log["event"] in ("deferred", "delivered", "bounced")]
+    assert [(log["event"], log["attempt"], log["recipients"]) for log in outcomes] == [
+        ("deferred", 1, 12),
+        ("delivered", 2, 12),
+        ("bounced", 1, 1),
+    ]
+    assert outcomes[0]["to"] == outcomes[1]["to"] == many[:10]
+    assert outcomes[2]["to"] == ["x@example.org"]
+    assert {log["route"] for log in outcomes} == {"default"}
+    for outcome in ("deferred", "delivered", "rejected"):
+        labels = {"route": "default", "outcome": outcome}
+        assert (REGISTRY.get_sample_value("relay_outcomes_total", labels) or 0) >= 1
 
 
 def test_hints_get_capacity_of_any_route(harness_with: Open, sink: Sink, tmp_path: Path) -> None:

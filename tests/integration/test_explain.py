@@ -80,9 +80,9 @@ def test_the_start_of_a_transfer_is_that_of_its_worker(queue: QueueHarness, type
     queue_id = queue.accept()
     queue.claim(queue_id)
     queue.pass_time(120, only=[queue_id])
-    assert re.search(r"\(host 1\) since [-:0-9 ]+ \(2m( \ds)?\)\.$", why(typed, queue_id))
+    assert re.search(r"\(host 1\) since [-:0-9 ]+Z \(2m( \ds)?\)\.$", why(typed, queue_id))
     queue.change("UPDATE workers SET claim_seconds = claim_seconds - 60")
-    assert re.search(r"since [-:0-9 ]+ \(1m( \ds)?\)\.$", why(typed, queue_id))
+    assert re.search(r"since [-:0-9 ]+Z \(1m( \ds)?\)\.$", why(typed, queue_id))
 
 
 @pytest.mark.parametrize(

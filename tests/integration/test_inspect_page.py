@@ -44,6 +44,10 @@ def test_states_and_outcomes():
     assert set(first_column("Outcomes")) == set(Outcome)
 
 
-def test_there_are_twenty_questions_and_each_is_answered():
-    questions = re.findall(r"(?m)^(\d+)\\\. [^\n]*\?.*\n\n```sql$", section("Questions"))
-    assert questions == [str(number) for number in range(1, 21)]
+def test_each_question_has_a_command_and_a_statement():
+    questions = re.findall(
+        r"(?m)^(\d+)\\\. [^\n]+\n\n```sh\nqmqp-relay .*\n```\n\n```sql$", section("Questions")
+    )
+    assert questions == [str(number) for number in range(1, 25)]
+    further = re.findall(r"(?m)^(\d+)\\\. [^\n]*\?.*\n\n```sql$", section("More questions"))
+    assert further == [str(number) for number in range(1, 21)]

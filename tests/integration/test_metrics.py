@@ -1,9 +1,10 @@
 """The queue's metrics equal the tables, on both databases, and report an outage of the database."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry
 from sqlalchemy import text
 
 from relay import metrics
@@ -16,8 +17,10 @@ from relay.queue.model import Attempt, ClaimRequest, Completion
 from relay.queue.operations import QueueOperations
 from relay.queue.outcome import Outcome
 from relay.queue.states import State
-from relay.settings import WorkerSettings
+from relay.settings import Settings, WorkerSettings, load
 from relay.spool.store import Spool
+from relay.version import running_version
+from tests.integration.harness import opened
 from tests.services import Postgres
 from tests.waiting import until
 
@@ -78,7 +81,7 @@ def test_metrics_equal_the_tables(database_url: str, tmp_path: Path):
             {"id": dashed(ids[0])},
         )
     operations = QueueOperations(engine, sends_dsns=True)
-    for subject in ("server:mx:628", "route:gone", "route:default"):
+    for subject in ("server:mx:628", "route:gone", "route:other"):
         operations.pause(subject, actor="me", reason="")
     operations.resume("route:gone", actor="me", reason="")
     seen = scrape(QueueMetrics(engine, Spool(tmp_path))).get_sample_value
@@ -100,10 +103,32 @@ def test_metrics_equal_the_tables(database_url: str, tmp_path: Path):
     assert seen("relay_uncertain_attempts") == 1
     paused = [
         seen("relay_paused", {"subject": one})
-        for one in ("server:mx:628", "route:default", "route:gone")
+        for one in ("server:mx:628", "route:other", "route:gone")
     ]
     assert paused == [1, 1, None]
     engine.dispose()
+
+
+def test_expiring_mail_and_failing_servers_are_counted(database_url: str, tmp_path: Path):
+    with opened(database_url) as mail:  # it expires in 1000 seconds
+        mail.accept("waits@example.org")
+        mail.claim(mail.accept("sent@example.org"))
+        mail.rescuer.publish_open_circuits(mail.worker, {"mx:628": "refused"})
+        mail.change("UPDATE open_circuits SET since = @ago(600)")
+        gone = mail.register_worker()
+        mail.rescuer.publish_open_circuits(gone, {"old:628": "refused"})
+        mail.worker_queue.retire(gone)
+        seen = scrape(QueueMetrics(mail.database, Spool(tmp_path))).get_sample_value
+        assert seen("relay_expiring_soon") == 1, "a transfer is not waiting"
+        assert seen("relay_failing_seconds", {"server": "mx:628"}) == pytest.approx(660, abs=60)
+        assert seen("relay_failing_seconds", {"server": "old:628"}) is None
+
+
+def test_each_process_tells_its_version(free_port: Callable[[], int]):
+    stop = metrics.serve(load(Settings, metrics_listen=f"127.0.0.1:{free_port()}"))
+    stop()
+    value = REGISTRY.get_sample_value("relay_build_info", {"version": running_version()})
+    assert value == 1
 
 
 def test_empty_queue_has_zeros(database_url: str, tmp_path: Path):

@@ -245,5 +245,6 @@ def test_views_can_be_read(database_url: str) -> None:
     engine: Engine = connect(database_url)
     with reading(engine) as connection:
         for view in VIEWS:
-            assert connection.execute(text(f"SELECT * FROM {view}")).all() == []
+            periods = 3 if view == "mail_flow" else 0
+            assert len(connection.execute(text(f"SELECT * FROM {view}")).all()) == periods
     engine.dispose()

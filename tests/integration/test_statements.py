@@ -158,6 +158,7 @@ EXAMPLES: dict[str, Any] = {
     "server": "192.0.2.1:628",
     "since": IDS[0],
     "skip": 3,
+    "soon": 100_000_000.0,
     "slack": 60.0,
     "step": 300,
     "subject": "route:default",
@@ -179,6 +180,7 @@ EXAMPLES: dict[str, Any] = {
     "under_4h": IDS[2],
     "under_5m": IDS[5],
     "until": "never",
+    "version": "1.2.3",
     "operation": "hold",
     "warned": True,
     "very_late": 3600.0,
@@ -194,6 +196,8 @@ OWN_TEXT = {("relay.report.queries", "view_definition")}
 OWN_EXAMPLES: dict[str, dict[str, Any]] = {
     "relay.dsn.generator": {"id": IDS[2 * list(State).index(State.BOUNCED)]},
     "relay.queue.claim": {"id": IDS[2 * list(State).index(State.SPLIT)]},
+    "relay.report.queries": {"actor": "m%"},
+    "relay.report.problems": {"least": 1, "slack": 0.0},
     "relay.spool.segments": {"segment": "00000000-0000-7000-8000-0000000000f3"},
     "relay.users": {"user": "bob"},
     "relay.queue.split": {"id": IDS[2 * list(State).index(State.HELD)]},
@@ -276,7 +280,7 @@ def _fill(engine: Engine, connection: Connection, after: str) -> None:
         worker=WORKER,
     )
     run("INSERT INTO pauses VALUES ('route:other', after(0), 'me', 'why')")
-    run("INSERT INTO open_circuits VALUES (:worker, 'mx:628', 'why')", worker=WORKER)
+    run("INSERT INTO open_circuits VALUES (:worker, 'mx:628', 'why', after(-60))", worker=WORKER)
     run("INSERT INTO spool (id, created_at) VALUES (:id, after(-100))", id=SEGMENT)
     run("INSERT INTO segments (id, committed_to) VALUES (:id, 4096)", id=SEGMENT)
     for user, disabled in (("ann", "after(-9)"), ("bob", "NULL")):

@@ -31,7 +31,7 @@ def test_a_bar_has_a_text_and_stands_on_the_axis() -> None:
         row(0, "malformed", 4),
     ]
     ((text, bars),) = charts.rate(NOW, rows, 300, 72).steps
-    clock = NOW.astimezone()
+    clock = NOW.astimezone(UTC)
     assert text == f"{clock:%H}:29 to {clock:%H}:34: 2 delivered, 1 deferred, 3 failed, 4 uncertain"
     assert [kind for kind, *_ in bars] == list(charts.KINDS)
     floor = float(charts.HEIGHT - charts.BOTTOM)

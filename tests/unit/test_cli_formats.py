@@ -2,13 +2,14 @@
 
 import io
 import json
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from commands import output
-from commands.output import Columns, ago, cut, size, span, write
+from commands.output import Columns, ago, cut, local_times, size, span, stamp, write
 from relay.report.rows import Row
 
 COLUMNS: Columns = {"NAME": lambda row: str(row["name"])[:3], "AGE": lambda row: ago(row["at"])}
@@ -71,6 +72,20 @@ def test_times_are_relative_to_now() -> None:
     assert ago(None) == ""
     assert ago(now - timedelta(seconds=200)) == "3m 20s"
     assert ago(now + timedelta(seconds=30.4)) == "in 30s"
+
+
+def test_a_time_has_its_zone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Etc/GMT-2")
+    time.tzset()
+    at = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+    try:
+        with local_times(True):
+            assert stamp(at) == "2026-11-22 14:00:00+02:00"
+        assert stamp(at) == "2026-11-22 12:00:00Z"
+        assert stamp(None) == ""
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_a_pipe_gets_whole_values_between_tabs(capsys: pytest.CaptureFixture[str]) -> None:

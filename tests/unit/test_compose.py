@@ -94,17 +94,23 @@ def test_top_level_has_no_newer_keys_and_secrets_are_files():
     }
 
 
-def test_only_smtp_is_published_and_the_page_to_this_host():
+def test_only_smtp_is_published_and_page_and_prometheus_to_this_host():
     assert {
         name: service["ports"].split() for name, service in SERVICES.items() if "ports" in service
     } == {
         "smtpd": ["-", '"${RELAY_PUBLISH:-127.0.0.1:2525}:2525"'],
         "web": ["-", '"127.0.0.1:8025:8025"'],
+        "prometheus": ["-", '"127.0.0.1:9090:9090"'],
     }
     profiles = {
         name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service
     }
-    assert profiles == {"web": "[web]", "page-login": "[web]", "sink": "[demo]"}
+    assert profiles == {
+        "web": "[web]",
+        "page-login": "[web]",
+        "sink": "[demo]",
+        "prometheus": "[metrics]",
+    }
 
 
 def test_every_service_is_started_again_and_its_log_bounded():
@@ -135,7 +141,12 @@ def test_services_may_write_nothing_but_volumes_and_may_do_nothing_else():
 
 def test_no_service_is_started_by_root():
     users = {name: service["user"] for name, service in SERVICES.items() if name not in OURS}
-    assert users == {"postgres": "postgres", "page-login": "postgres", "redis": "redis"}
+    assert users == {
+        "postgres": "postgres",
+        "page-login": "postgres",
+        "redis": "redis",
+        "prometheus": "nobody",
+    }
     assert re.search(r"^USER 10001:10001$", DOCKERFILE, re.MULTILINE)
 
 
@@ -146,6 +157,18 @@ def test_memory_and_processes_of_the_database_and_of_the_broker_are_bounded():
         if "mem_limit" in service
     }
     assert bounds == {"postgres": ("${POSTGRES_MEMORY:-2g}", "200"), "redis": ("256m", "100")}
+
+
+def test_prometheus_reads_the_files_of_the_repository_and_no_secret() -> None:
+    service = SERVICES["prometheus"]
+    mounted = re.findall(r"- (\./\S+):/etc/prometheus/(\S+):ro", service["volumes"])
+    assert [name for _, name in mounted] == ["prometheus.yml", "alerts.yml"]
+    assert all((ROOT / source).is_file() for source, _ in mounted)
+    assert not {"secrets", "environment"} & set(service)
+    configuration = (ROOT / mounted[0][0]).read_text()
+    guide = (ROOT / "docs" / "operate.md").read_text()
+    (shown,) = re.findall(r"```yaml\n(rule_files:.*?)```", guide, re.DOTALL)
+    assert configuration.endswith(f"\n{shown}"), "the guide shows it"
 
 
 def test_the_page_has_a_login_of_its_own_and_no_message():

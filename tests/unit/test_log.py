@@ -90,6 +90,9 @@ def test_addresses_are_redacted(said: Callable[[], str]) -> None:
     assert second["sender"] == ""
     assert third["reply"] == "no such mailbox: <...@example.org>, ...@example.net (#5.1.1)"
     assert fourth["event"] == "lost ...@example.com"
+    get_logger("x").info("delivered", to=['a b"@example.com', "postmaster", "c@example.org"])
+    (fifth,) = lines(said)
+    assert fifth["to"] == ["...@example.com", "...@postmaster", "...@example.org"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,167 @@
+"""What is wrong with the queue now, for the operator who was woken: `qmqp-relay problems`.
+
+Each check reads the database and yields problems; a pause that somebody made is none before it is a
+day old. The statements are in `problems.<database>.sql`. A failure leaps if a route, a sender or a
+domain has more than twice as many failed deliveries in the last hour as in any other hour of the
+last week.
+
+What must stay true: a problem names the next command to type, and a cause is reported once: mail
+that only waits for a server that is down is part of that problem.
+"""
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from relay.report.queries import Reader
+
+type Kind = Literal[
+    "server_down",
+    "no_worker",
+    "not_claimed",
+    "overdue",
+    "disk",
+    "held",
+    "uncertain",
+    "expiring",
+    "paused_long",
+    "failures",
+]
+# In the order in which they are shown.
+KINDS: tuple[Kind, ...] = Kind.__value__.__args__
+CRITICAL = frozenset({"server_down", "no_worker", "not_claimed", "overdue", "disk"})
+SLACK = 60.0  # seconds for which mail may be overdue: a worker is starting, or all are busy
+SOON = 6 * 3600.0  # seconds before mail expires
+LEAST_FAILURES = 20  # failed deliveries of the last hour that may be a leap
+MIN_FREE_BYTES, MIN_FREE_PART = 1e9, 0.05  # of the disk of the spool
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that an operator should look at.
+
+    `subject`: the server, route, domain or directory that it is about, else empty. `since`: None if
+    that is not known. `count`: how many deliveries it concerns, or the free bytes of a disk.
+    `next`: the command to type.
+    """
+
+    kind: Kind
+    subject: str
+    since: datetime | None
+    count: int
+    text: str
+    next: str
+
+
+class Problems(Reader):
+    """The checks of one database."""
+
+    def all(self) -> list[Problem]:
+        """Every problem, the most urgent kind first."""
+        found = [
+            *self.servers(),
+            *self.workers(),
+            *self.held(),
+            *self.uncertain(),
+            *self.expiring(),
+            *self.pauses(),
+            *self.failures(),
+        ]
+        return sorted(found, key=lambda problem: KINDS.index(problem.kind))
+
+    def waiting(self) -> int:
+        """How many deliveries wait in all."""
+        return int(self.read("workers")[0]["waiting"])
+
+    def servers(self) -> Iterator[Problem]:
+        """Servers that fail, or do not authorize the relay."""
+        for row in self.read("down"):
+            server, waiting = str(row["server"]), int(row["waiting"])
+            text = f"{_count(waiting)} for it, which says: {row['reason']}"
+            following = f"qmqp-relay probe {shlex.quote(server)}"
+            yield Problem("server_down", server, row["failed_at"], waiting, text, following)
+
+    def workers(self) -> Iterator[Problem]:
+        """No worker; or mail that workers do not claim or requeue."""
+        (total,) = self.read("workers")
+        if not total["alive"]:
+            text = f"no worker is alive, and {_count(total['waiting'])}"
+            since, waiting = total["last_alive_at"], int(total["waiting"])
+            yield Problem("no_worker", "", since, waiting, text, "qmqp-relay check")
+            return
+        for row in self.read("late", slack=SLACK):
+            count, subject = int(row["deliveries"]), f"route:{row['route']}"
+            following = (
+                f"qmqp-relay list --state {row['state']} --route {shlex.quote(row['route'])}"
+            )
+            if row["state"] != "queued":
+                text = f"sweepers have not handled {count} {row['state']} deliveries that are due"
+                yield Problem("overdue", subject, row["due_at"], count, text, following)
+            elif row["can_go"] and not total["sending"]:
+                text = f"{_count(count)} for a worker, and nothing is being sent"
+                yield Problem("not_claimed", subject, row["due_at"], count, text, following)
+
+    def held(self) -> Iterator[Problem]:
+        """Mail that the relay itself has held since yesterday."""
+        (row,) = self.read("held")
+        if count := int(row["deliveries"]):
+            text = "deliveries were held by the relay in the last day; only an operator ends that"
+            following = "qmqp-relay list --state held --newest"
+            yield Problem("held", "", row["held_at"], count, f"{count} {text}", following)
+
+    def uncertain(self) -> Iterator[Problem]:
+        """Mail that may have arrived twice since yesterday."""
+        (row,) = self.read("uncertain")
+        if count := int(row["deliveries"]):
+            text = f"{count} deliveries had an attempt in the last day that may have delivered them"
+            following = "qmqp-relay list --all --uncertain --newest"
+            yield Problem("uncertain", "", row["finished_at"], count, text, following)
+
+    def expiring(self) -> Iterator[Problem]:
+        """Mail that expires soon."""
+        (row,) = self.read("expiring", soon=SOON)
+        if count := int(row["deliveries"]):
+            text = f"{count} deliveries expire in less than six hours, unless an attempt succeeds"
+            following = "qmqp-relay list --expires-within 6h"
+            yield Problem("expiring", "", None, count, text, following)
+
+    def pauses(self) -> Iterator[Problem]:
+        """Pauses that are older than a day."""
+        for row in self.read("paused_long"):
+            kind, _, name = str(row["subject"]).partition(":")
+            reason = f": {row['reason']}" if row["reason"] else ""
+            text = f"paused by {row['actor']}{reason}; {_count(row['deliveries'])}"
+            yield Problem(
+                "paused_long",
+                str(row["subject"]),
+                row["paused_at"],
+                int(row["deliveries"]),
+                text,
+                f"qmqp-relay resume --{kind} {shlex.quote(name)}",
+            )
+
+    def failures(self) -> Iterator[Problem]:
+        """Routes, senders and domains whose failures leapt."""
+        for row in self.read("leaps", least=LEAST_FAILURES):
+            kind, name, failed = row["kind"], str(row["name"]), int(row["failed"])
+            text = (
+                f"{failed} deliveries failed in the last hour, and at most {row['most']} in any"
+                " other hour of the last week"
+            )
+            following = f"qmqp-relay list --all --{kind} {shlex.quote(name or '<>')}"
+            following += " --newer-than 1d --count-by reason"
+            yield Problem("failures", f"{kind}:{name or '<>'}", None, failed, text, following)
+
+
+def disk(directory: str, free: int, total: int) -> Iterator[Problem]:
+    """The disk of the spool, if there is little room for bodies."""
+    if free < MIN_FREE_BYTES or free < MIN_FREE_PART * total:
+        text = f"{free / 1e9:.1f} GB of {total / 1e9:.1f} GB are free for bodies; clients get 452"
+        text += " when it is full"
+        yield Problem("disk", directory, None, free, text, f"df -h {shlex.quote(directory)}")
+
+
+def _count(deliveries: int) -> str:
+    return "1 delivery waits" if deliveries == 1 else f"{deliveries} deliveries wait"
