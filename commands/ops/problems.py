@@ -13,7 +13,8 @@ import typer
 from commands.errors import DONE, explanation, say
 from commands.ops.show import disk_of, mounted_spool, opened
 from commands.output import Columns, ago, plain, write
-from relay.report.problems import CRITICAL, KINDS, Problem, Problems, disk
+from relay.queue.uncommitted import journal_lag
+from relay.report.problems import CRITICAL, KINDS, Problem, Problems, disk, journal
 from relay.report.queries import QueueReader
 from relay.settings import Settings, load
 
@@ -50,7 +51,9 @@ def find_problems() -> tuple[list[Problem], int]:
             for row in disk_of(spool)
             for problem in disk(row["directory"], row["free_bytes"], row["total_bytes"])
         ]
-        found = sorted([*problems.all(), *disks], key=lambda one: KINDS.index(one.kind))
+        lag = journal_lag(spool, QueueReader(engine).segments()) if spool else None
+        behind = journal(lag.messages, lag.seconds) if lag else ()
+        found = sorted([*problems.all(), *disks, *behind], key=lambda one: KINDS.index(one.kind))
         return found, problems.waiting()
 
 

@@ -22,6 +22,7 @@ type Kind = Literal[
     "no_worker",
     "not_claimed",
     "overdue",
+    "journal",
     "disk",
     "held",
     "uncertain",
@@ -31,7 +32,7 @@ type Kind = Literal[
 ]
 # In the order in which they are shown.
 KINDS: tuple[Kind, ...] = Kind.__value__.__args__
-CRITICAL = frozenset({"server_down", "no_worker", "not_claimed", "overdue", "disk"})
+CRITICAL = frozenset({"server_down", "no_worker", "not_claimed", "overdue", "journal", "disk"})
 SLACK = 60.0  # seconds for which mail may be overdue: a worker is starting, or all are busy
 SOON = 6 * 3600.0  # seconds before mail expires
 LEAST_FAILURES = 20  # failed deliveries of the last hour that may be a leap
@@ -153,6 +154,13 @@ class Problems(Reader):
             following = f"qmqp-relay list --all --{kind} {shlex.quote(name or '<>')}"
             following += " --newer-than 1d --count-by reason"
             yield Problem("failures", f"{kind}:{name or '<>'}", None, failed, text, following)
+
+
+def journal(messages: int, seconds: float) -> Iterator[Problem]:
+    """Accepted mail that has had no rows for longer than a minute."""
+    if messages and seconds > SLACK:
+        text = f"{messages} accepted messages have no rows yet, the oldest for {seconds:.0f} s"
+        yield Problem("journal", "", None, messages, text, "qmqp-relay check")
 
 
 def disk(directory: str, free: int, total: int) -> Iterator[Problem]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-JOURNAL = False
+JOURNAL = True
 """Whether the relay has its journal: then it accepts mail while the database is away, and a 451
 after the final dot says for certain that the message is not stored. Today such a message may be
 committed although its client was told 451 (RELAY_ACCEPT_DEADLINE, a spooler that died)."""

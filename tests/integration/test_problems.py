@@ -8,7 +8,7 @@ import pytest
 from relay.queue.operations import OPERATIONS, QueueOperations
 from relay.queue.outcome import Outcome
 from relay.report.filters import Filter
-from relay.report.problems import KINDS, LEAST_FAILURES, disk
+from relay.report.problems import KINDS, LEAST_FAILURES, disk, journal
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness, new_message
 from tests.integration.typed import Typed, lines, typed_at
@@ -197,6 +197,8 @@ def test_full_disk_is_a_problem(
     assert row["next"] == f"df -h {spool.directory}"
     monkeypatch.setattr("relay.report.problems.MIN_FREE_BYTES", 1e9)
     monkeypatch.setattr("relay.report.problems.MIN_FREE_PART", 0.05)
+    assert [list(journal(0, 0.0)), list(journal(5, 30.0))] == [[], []]
+    assert [problem.count for problem in journal(5, 90.0)] == [5]
     assert list(disk("/x", 60_000_000_000, 1_000_000_000_000)) == []
     assert len(list(disk("/x", 40_000_000_000, 1_000_000_000_000))) == 1
     assert len(list(disk("/x", 900_000_000, 2_000_000_000))) == 1
