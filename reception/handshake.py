@@ -65,9 +65,11 @@ async def handshake(
         server_side=True,
         ssl_handshake_timeout=HANDSHAKE_TIMEOUT,
     )
-    if secure is None or buffer.lost:
+    # uvloop has no cipher if the client reset the connection just now.
+    settled = secure.get_extra_info("cipher") if secure is not None else None
+    if secure is None or settled is None or buffer.lost:
         raise ConnectionResetError("the client closed the connection")
-    cipher, protocol, _bits = secure.get_extra_info("cipher")
+    cipher, protocol, _bits = settled
     subject = _subject(secure.get_extra_info("peercert"))
     return SecureConnection(secure, TlsState(protocol, cipher, subject), buffer.early)
 

@@ -261,6 +261,7 @@ def test_a_connection_in_its_handshake_counts_and_ends_with_the_server(
         assert second.closed()
         running.ask_to_stop(0.0)
         assert first.closed()
+    until(lambda: not running.server.connections and not running.server.clients)
 
 
 def test_a_client_that_leaves_in_its_handshake_leaves_nothing(
