@@ -107,6 +107,7 @@ def test_clients_behind_haproxy_keep_their_addresses(balanced: Balanced) -> None
         with pytest.raises(smtplib.SMTPRecipientsRefused) as refused:
             client.sendmail("a@example.com", ["b@example.org"], b"Subject: x\r\n\r\n")
         assert refused.value.recipients["b@example.org"][0] == 554
+    until(lambda: len(balanced.rows()) >= 4, what="their rows")
     assert balanced.rows() == [(CLIENT, "ESMTP", 1)] * 3 + [(CLIENT, "ESMTPS", 1)]
     assert '"accepted"' in balanced.log.read_text()
     assert f'"client": "{CLIENT}"' in balanced.log.read_text()

@@ -98,6 +98,15 @@ def test_a_message_without_a_login_names_no_user(run: Start) -> None:
     assert [entry for entry in logs if "user" in entry] == []
 
 
+def test_messages_of_a_user_are_limited_by_the_rates(run: Start) -> None:
+    running = run(rate_limits="user-messages=1")
+    for replies in ((b"250",), (b"451 4.7.1 Too many messages a minute by this user",)):
+        with talking(running) as client:
+            greet(client, PLAIN)
+            client.expect(b"235")
+            client.say(b"MAIL FROM:<a@example.com>", *replies)
+
+
 def test_auth_is_offered_in_the_networks_of_the_setting_only(run: Start) -> None:
     running = run(auth_plaintext_networks=("127.0.0.2",))
     for source, offered in (("127.0.0.1", False), ("127.0.0.2", True)):
