@@ -32,8 +32,8 @@ from relay.db.engine import is_outage
 from relay.log import first_line, get_logger
 from relay.queue.accept import Acceptor, EncodedMessage, PositionMoved
 from relay.spool.journal.adoption import AdoptedSegment, adopt, voided_batches, voided_from
-from relay.spool.journal.directory import OWNED, JournalDirectory
-from relay.spool.journal.format import BLOCK
+from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory
+from relay.spool.journal.format import BLOCK, JournalFormatError
 from relay.spool.journal.writer import JournalWriter
 from relay.spool.mark import SpoolMark
 
@@ -122,7 +122,9 @@ class JournalCommitter:
         with self._changed:
             segment = self._segments.get(batch.segment)
             if segment is None:
-                file = self._writer.files[batch.segment]
+                file = self._writer.files.get(batch.segment)
+                if file is None:  # another process has adopted it, and makes the rows
+                    return False
                 name = batch.segment + OWNED
                 segment = OpenSegment(batch.segment, name, file, batch.start, batch.start)
                 self._segments[batch.segment] = segment
@@ -216,7 +218,7 @@ class JournalCommitter:
 
     def _has_work(self) -> bool:
         return any(
-            segment.committed < segment.end or segment.retired
+            self._pends(segment) or (segment.retired and segment.committed >= segment.end)
             for segment in self._segments.values()
         )
 
@@ -227,12 +229,13 @@ class JournalCommitter:
         if self._chunk is not None:  # an outage interrupted it
             return self._chunk
         with self._changed:
-            pending = [s for s in self._segments.values() if s.committed < s.end]
+            pending = [s for s in self._segments.values() if self._pends(s)]
             if not pending:
                 return None
             others = [segment for segment in pending if not segment.ours]
             self._others_turn = bool(others) and not self._others_turn
-            segment = others[0] if self._others_turn else pending[0]
+            ours = [segment for segment in pending if segment.ours]
+            segment = others[0] if self._others_turn or not ours else ours[0]
             head = self._held[0] if self._held else None
             end = segment.end
             if head is not None and head.segment == segment.id:
@@ -240,8 +243,16 @@ class JournalCommitter:
                     self._chunk = self._from_memory(segment)
                     return self._chunk
                 end = head.start
-        self._chunk = read_chunk(segment, end)
+        try:
+            self._chunk = read_chunk(segment, end)
+        except (OSError, JournalFormatError) as error:
+            log.critical("segment unreadable", name=segment.name, reason=str(error))
+            segment.unreadable_until = time.monotonic() + ADOPT_INTERVAL
         return self._chunk
+
+    def _pends(self, segment: OpenSegment) -> bool:
+        """Whether rows of a segment are missing that can be made now."""
+        return segment.committed < segment.end and segment.unreadable_until <= time.monotonic()
 
     def _from_memory(self, segment: OpenSegment) -> Chunk:
         batches: list[WrittenBatch] = []
@@ -274,6 +285,7 @@ class JournalCommitter:
         try:
             commit_chunk(self._acceptor, self._directory, chunk)
         except PositionMoved as error:
+            self._mark.advance(self._engine)  # raises if the database was restored meanwhile
             log.critical("segment replayed by another process", reason=str(error))
             self._chunk = None
             self._release(segment)
@@ -330,10 +342,18 @@ class JournalCommitter:
         try:
             adopted = adopt(self._directory, skip=skip, local=self._local)
             voids = voided_batches(self._directory) if adopted else set()
-            for one in adopted:
-                self._take_over(one, voided_from(voids, one.header.segment))
         except OSError as error:
             log.error("segments not adopted", reason=str(error))
+            return
+        if adopted:
+            self._mark.advance(self._engine)  # raises if the database was restored meanwhile
+        for one in adopted:
+            try:
+                self._take_over(one, voided_from(voids, one.header.segment))
+            except OSError as error:
+                name = one.header.segment + ADOPTED
+                log.error("segment unreadable", name=name, reason=str(error))
+                one.file.close()
 
     def _take_over(self, adopted: AdoptedSegment, void_from: float) -> None:
         header, file = adopted.header, adopted.file

@@ -18,11 +18,12 @@ from relay.queue.accept import (
     EncodedMessage,
     PositionMoved,
     SegmentSpan,
+    decode,
     routes_of,
 )
 from relay.spool.journal.adoption import AdoptedSegment
 from relay.spool.journal.directory import ADOPTED, JournalDirectory, SegmentFile
-from relay.spool.journal.format import BLOCK
+from relay.spool.journal.format import BLOCK, JournalRecord
 from relay.spool.journal.scan import Damage, ScannedBatch, first_void, read_header, scan
 
 log = get_logger(__name__)
@@ -36,7 +37,8 @@ _SAME_TIME = 1_000_000
 class OpenSegment:
     """A segment that this process owns. Its messages have rows up to `committed` and are written up
     to `end`; `retired`: nothing more is written to it; `orderly`: what lies behind `end` does not
-    count; nor does anything from `void_from` on."""
+    count; nor does anything from `void_from` on. `unreadable_until`: it could not be read, and is
+    tried again then (monotonic)."""
 
     id: str
     name: str
@@ -48,6 +50,7 @@ class OpenSegment:
     retired: bool = False
     orderly: bool = True
     void_from: float = float("inf")
+    unreadable_until: float = 0.0
     count: int = 0
     least: str = ""
     greatest: str = ""
@@ -98,7 +101,7 @@ def to_replay(acceptor: Acceptor, adopted: AdoptedSegment, void_from: float) -> 
     for item in scan(file, header, verify_bodies=False):
         if isinstance(item, ScannedBatch) and item.void is None:
             if item.position < void_from and item.records:
-                size = sum(len(memoryview(record.body)) for record in item.records)
+                size = sum(map(_octets, item.records))
                 pending = item.position >= segment.committed
                 segment.add([r.queue_id for r in item.records], size, pending=pending)
             segment.end = max(segment.end, item.end)
@@ -131,10 +134,15 @@ def read_chunk(segment: OpenSegment, end: int) -> Chunk:
                 EncodedMessage(record.envelope, record.position if record.in_journal else None)
             )
             chunk.hints.append((record.queue_id, routes_of(record.envelope)))
-            chunk.size += len(memoryview(record.body))
+            chunk.size += _octets(record)
     if written_at is not None:
         chunk.age = max(0.0, time.time() - written_at / 1e6)
     return chunk
+
+
+def _octets(record: JournalRecord) -> int:
+    """The size of a message's body, wherever it stands."""
+    return len(memoryview(record.body)) if record.in_journal else decode(record.envelope).size
 
 
 def commit_chunk(acceptor: Acceptor, directory: JournalDirectory, chunk: Chunk) -> None:

@@ -191,9 +191,9 @@ def is_outage(error: BaseException) -> bool:
         )
     if state := getattr(error.orig, "sqlstate", None):
         # 08: connection, 25: read-only, as a standby is, 40: deadlock, 42: not our schema, 53: out
-        # of resources, 55: a lock, 57: cancelled or shutting down, 58: its disk. psycopg's classes
-        # say less: a value too long for its index is an OperationalError too.
-        return state[:2] in {"08", "25", "40", "42", "53", "55", "57", "58"}
+        # of resources, 55: a lock, 57: cancelled or shutting down, 58: its disk, XX: damaged.
+        # psycopg's classes say less: a value too long for its index is an OperationalError too.
+        return state[:2] in {"08", "25", "40", "42", "53", "55", "57", "58", "XX"}
     # SQLite reports a malformed file also while a disk fails or loses power. The rows to be written
     # are not at fault, and are kept until the file can be read again.
     code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF

@@ -249,7 +249,7 @@ class Acceptor:
         age: float,
         reason: str | None = None,
     ) -> None:
-        for _ in range(2):
+        for escaped_already in (False, True):
             try:
                 with connection.begin_nested():
                     self.insert_batch(
@@ -257,7 +257,7 @@ class Acceptor:
                     )
                 return
             except Exception as error:
-                if is_outage(error):
+                if is_outage(error) or escaped_already:
                     raise
                 reason = f"refused by the database: {first_line(error)}"
                 log.critical("message refused by the database", rows=message.rows, reason=reason)

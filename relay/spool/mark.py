@@ -45,9 +45,15 @@ class SpoolMark:
         event.listen(engine, "connect", self._check)
 
     def advance(self, engine: Engine) -> int:
-        """Raise the mark by one; the new value. Raises the database's errors."""
+        """Raise the mark by one; the new value. Raises the database's errors, and OlderDatabase if
+        the database was restored under a connection that lives on."""
+        known = max(self.known, self._read())
         with writing(engine) as connection:
             mark = int(Queries(engine, __name__).run(connection, "advance").scalar() or 0)
+        if mark <= known and known:
+            engine.dispose()  # new connections are refused by `guard`
+            log.critical("database older than the spool", mark=mark, known=known)
+            raise OlderDatabase("the database is older than the spool: run `fsck --rebuild`")
         self.learn(mark)
         return mark
 

@@ -29,7 +29,7 @@ SELECT
 -- name: needs
 -- Of the records in `:records` those that a delivery needs, and those without a row that are
 -- younger than :retention, whose rows may have been lost.
-SELECT replace(CAST(x.id AS text), '-', '') AS id, x.position
+SELECT replace(CAST(x.id AS text), '-', '') AS id, x.position, m.id IS NOT NULL AS has_row
 FROM json_to_recordset(CAST(:records AS json)) AS x(id uuid, position bigint)
 LEFT JOIN messages m ON m.id = x.id
 WHERE CASE WHEN m.id IS NULL THEN x.id > CAST(:oldest AS uuid)

@@ -16,6 +16,7 @@ What must stay true:
 """
 
 import json
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from relay.db.engine import reading, writing
 from relay.db.sql import Queries
 from relay.ids import dashed
 from relay.log import get_logger
+from relay.spool.journal.adoption import voided_batches, voided_from
 from relay.spool.journal.copying import write_copy
 from relay.spool.journal.directory import ADOPTED, COPY, OWNED, JournalDirectory, SegmentFile
 from relay.spool.journal.format import (
@@ -35,7 +37,7 @@ from relay.spool.journal.format import (
     SegmentHeader,
     decode_record,
 )
-from relay.spool.journal.scan import first_void, scan_ids
+from relay.spool.journal.scan import first_void, read_header, scan_ids
 
 log = get_logger(__name__)
 LOOKS = 64  # segments in a turn
@@ -47,12 +49,14 @@ COPY_SIZE = 8 << 20
 
 
 class LiveBody(NamedTuple):
-    """A body in a segment: its message, its place, its record, and its size."""
+    """A body in a segment: its message, its place, its record, its size, and whether its message
+    has a row."""
 
     queue_id: str
     position: int
     record: int
     size: int
+    has_row: bool = False
 
 
 class _Due(NamedTuple):
@@ -98,7 +102,9 @@ class SegmentStore:
                 removed += self._remove(due.id)
                 continue
             live = sum(body.size for body in needed)
-            if live < SPARSE * size and (due.sparse or 0.0) >= SPARSE_SECONDS:
+            # A record without a row cannot be moved, so its segment stays as it is.
+            movable = all(body.has_row for body in needed)
+            if movable and live < SPARSE * size and (due.sparse or 0.0) >= SPARSE_SECONDS:
                 sparse[due.id] = needed
             self._looked_at(due.id, live, sparse=live < SPARSE * size)
         return CleaningTurn(removed, self._compact(sparse))
@@ -110,15 +116,17 @@ class SegmentStore:
             row = self._queries.run(connection, "total_live").one()
         return row.segments, int(row.live)
 
-    def remove_unused_copies(self) -> int:
+    def remove_unused_copies(self, older_than: float = 3600.0) -> int:
         """Remove copies without a row that no message points to: a compaction was interrupted. The
-        number of them."""
+        number of them. A younger one may be about to get its row."""
         with reading(self._engine) as connection:
             known = {*self._queries.run(connection, "known_segments").scalars()}
         removed = 0
         for segment, _ in [*self._directory.segments(COPY)]:
             with self._opened(segment) as file:
                 if segment in known or file is None or not file.lock():
+                    continue
+                if time.time() - read_header(file).created_at / 1e6 < older_than:
                     continue
                 if not self._needed(segment, file, missing=False):
                     removed += self._remove(segment)
@@ -145,6 +153,7 @@ class SegmentStore:
     def _needed(self, segment: str, file: SegmentFile, *, missing: bool = True) -> list[LiveBody]:
         """The bodies of a segment that deliveries need. `missing`: also those whose rows may have
         been lost."""
+        void_from = voided_from(voided_batches(self._directory), segment)
         bodies = {
             (record.queue_id, record.position): LiveBody(
                 record.queue_id,
@@ -153,7 +162,7 @@ class SegmentStore:
                 len(memoryview(record.body)),
             )
             for record in scan_ids(file, SegmentHeader(segment, "", 0, ""))
-            if record.in_journal
+            if record.in_journal and record.start < void_from
         }
         records = [{"id": dashed(one), "position": position} for one, position in bodies]
         with reading(self._engine) as connection:
@@ -166,7 +175,10 @@ class SegmentStore:
                 records=json.dumps(records),
                 oldest=dashed(f"{oldest:032x}"),
             )
-            return [bodies[one, position] for one, position in rows]
+            return [
+                bodies[one, position]._replace(has_row=bool(has_row))
+                for one, position, has_row in rows
+            ]
 
     def _looked_at(self, segment: str, live: int, *, sparse: bool) -> None:
         with writing(self._engine) as connection:

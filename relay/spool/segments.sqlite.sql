@@ -28,7 +28,8 @@ SELECT
 -- name: needs
 -- Of the records in `:records` those that a delivery needs, and those without a row that are
 -- younger than :retention, whose rows may have been lost.
-SELECT replace(x.value ->> '$.id', '-', '') AS id, x.value ->> '$.position' AS position
+SELECT replace(x.value ->> '$.id', '-', '') AS id, x.value ->> '$.position' AS position,
+    m.id IS NOT NULL AS has_row
 FROM json_each(:records) AS x
 LEFT JOIN messages m ON m.id = x.value ->> '$.id'
 WHERE CASE WHEN m.id IS NULL THEN x.value ->> '$.id' > :oldest

@@ -70,6 +70,12 @@ def contents(directory: JournalDirectory) -> Iterator[SegmentContents]:
 
 
 def end_of(items: list[ScannedBatch | Damage], start: int = BLOCK) -> int:
-    """Where the last batch ends; what lies behind it is a torn tail."""
-    ends = [one.end for one in items if isinstance(one, ScannedBatch) or not one.torn]
+    """Where the last whole batch ends; what lies behind it is a torn tail, or is being written."""
+    ends = [
+        one.position
+        if isinstance(one, ScannedBatch) and any(damage.torn for damage in one.damages)
+        else one.end
+        for one in items
+        if isinstance(one, ScannedBatch) or not one.torn
+    ]
     return max(ends, default=start)
