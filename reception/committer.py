@@ -246,7 +246,7 @@ class JournalCommitter:
         try:
             self._chunk = read_chunk(segment, end)
         except (OSError, JournalFormatError) as error:
-            log.critical("segment unreadable", name=segment.name, reason=str(error))
+            log.error("segment unreadable", name=segment.name, reason=str(error))
             segment.unreadable_until = time.monotonic() + ADOPT_INTERVAL
         return self._chunk
 

@@ -72,6 +72,7 @@ class SpoolMark:
         with suppress(AttributeError):  # sqlite3 has begun no transaction
             connection.commit()
         if row is not None and row[0] != self._identity:
+            connection.close()  # the pool does not know it yet
             log.critical("database of another spool", spool=self._identity, known=row[0])
             raise OlderDatabase(
                 f"the database knows the spool {row[0]}, and this one is {self._identity}:"
@@ -79,6 +80,7 @@ class SpoolMark:
             )
         mark = row[1] if row is not None else 0  # without the row it is a new database
         if mark < known:
+            connection.close()
             log.critical("database older than the spool", mark=mark, known=known)
             raise OlderDatabase(
                 "the database is older than the spool: it is new, or was restored from a backup."
