@@ -1,7 +1,7 @@
 """A login: what a user whose password was right may send, for all sessions of that user.
 
 What must stay true: a login that was revoked sends nothing more, in whatever session it is; the
-null sender is allowed to every user, because bounces and receipts have it and it names nobody.
+null sender is allowed to every user, because bounces and receipts have it and it names no sender.
 """
 
 import re

@@ -1,7 +1,7 @@
 """A listener: an address where a front end accepts connections, and what it demands of them.
 
 It is written `host:port/option/option`. With `tls` the TLS handshake comes before everything else,
-with `auth` nobody sends mail without authentication, with `proxy` each connection begins with a
+with `auth` no client sends mail without authentication, with `proxy` each connection begins with a
 PROXY header. `systemd:NAME` in the place of the address takes the sockets that systemd passes under
 this name.
 

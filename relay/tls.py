@@ -124,7 +124,7 @@ class CertificatePair:
         return (self._loaded.expires_at - time.time()) / DAY
 
     def refresh(self) -> None:
-        """Takes renewed files. Looks at them every CHECK_INTERVAL, whoever calls."""
+        """Takes renewed files. Looks at them every CHECK_INTERVAL, however often it is called."""
         now = self._clock()
         if now < self._check_at:
             return

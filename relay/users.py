@@ -113,17 +113,17 @@ class Users:
         return self._change(entry, "set_password", user=name, password_hash=password_hash)
 
     def disable(self, name: str, *, actor: str, reason: str = "") -> bool:
-        """Refuse a user until `enable`; False if there is none, or it is disabled already."""
+        """Refuse a user until `enable`; False if it does not exist, or is disabled already."""
         entry = AuditEntry(self._engine, actor, f"user disable {name}", reason)
         return self._change(entry, "disable", user=name)
 
     def enable(self, name: str, *, actor: str, reason: str = "") -> bool:
-        """Take a user again; False if there is none, or it is not disabled."""
+        """Take a user again; False if it does not exist, or is not disabled."""
         entry = AuditEntry(self._engine, actor, f"user enable {name}", reason)
         return self._change(entry, "enable", user=name)
 
     def remove(self, name: str, *, actor: str, reason: str = "") -> bool:
-        """Remove a user; False if there is none. Its messages keep its name."""
+        """Remove a user; False if it does not exist. Its messages keep its name."""
         entry = AuditEntry(self._engine, actor, f"user remove {name}", reason)
         return self._change(entry, "remove", user=name)
 

@@ -3,10 +3,10 @@
 An `Exchange` gets the client's responses and gives back challenges, and in the end the
 credentials. A mechanism is a generator that yields challenges and is sent responses. PLAIN is RFC
 4616; LOGIN is an expired draft that many programs still use. Both send the password itself, so the
-session offers them only where nobody can read it.
+session offers them only where no third party can read it.
 
 What must stay true: a response that cannot be read ends the exchange with 501 and says nothing of
-its content; nobody acts as another user.
+its content; no user acts as another.
 """
 
 from base64 import b64decode, b64encode

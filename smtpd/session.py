@@ -96,7 +96,7 @@ class Session:
     Call `start`, then `receive` and `reply`; after each send `replies`, then check `closed`.
     `pause` is the seconds after which `resume` is due (0: in the next turn of the loop), or None;
     input waits until then. The driver sets `halted` while the client does not read, and
-    `auth_required` where nobody sends without a login.
+    `auth_required` where no client sends without a login.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Session:
         self._skipping = False  # the rest of a line that was too long
         self._client_name = ""
         self._protocol = "SMTP"
-        self.auth_required = False  # nobody sends mail without authentication
+        self.auth_required = False  # no client sends without authentication
         self.user = tls.subject if tls is not None else None  # that the client authenticated as
         self.envelope: Envelope | None = None  # of the open transaction
         self._positions: dict[str, int] = {}  # of a mailbox among the recipients
@@ -140,7 +140,7 @@ class Session:
 
     @property
     def offers_auth(self) -> bool:
-        """Whether the client may log in: nobody else can read its password, and it has not."""
+        """Whether the client may log in: no third party can read its password, and it has not."""
         return self.client.login is None and (self.tls is not None or self.client.plaintext_auth)
 
     @property

@@ -25,7 +25,7 @@ SECTOR = 512
 
 class Interruption(Enum):
     """What happens at a step. SHORT: a write ends early (other calls fail). LOST is for databases:
-    the transaction is committed, and nobody hears it."""
+    the transaction is committed, and its client does not hear it."""
 
     FAIL = "fail"
     SHORT = "short"

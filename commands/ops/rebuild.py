@@ -181,7 +181,7 @@ class Rebuilder:
                 say(f"reading segment {number} of the journal")
                 shown = time.monotonic()
             if segment.header.spool not in ("", self._spool.identity):
-                say(f"{segment.name} belongs to the spool {segment.header.spool}: left alone")
+                say(f"{segment.name} belongs to the spool {segment.header.spool}: not read")
                 continue
             yield from self._of_segment(segment, report, change=change)
         yield from self._of_files(report)
@@ -301,7 +301,7 @@ _REPLY: dict[str, dict[str, str]] = {"lock_sending": {}, "hold_unfinished": {"re
 
 def spool_to_rebuild_from(settings: WorkerSettings, engine: Engine) -> Spool:
     """The spool, whose identity a new database learns. Raises CommandError if the database knows
-    another one, or if there is none."""
+    another one, or if it does not exist."""
     spool, known = Spool(settings.spool_dir), QueueReader(engine).spool_id()
     try:
         identity = spool.identity

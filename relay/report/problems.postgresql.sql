@@ -1,7 +1,7 @@
 -- What is wrong with the queue as a whole (relay/report/problems.py).
 
 -- name: down
--- Servers with an open circuit that nobody has paused.
+-- Servers with an open circuit that no operator has paused.
 SELECT server, circuit_open_reason AS reason, failed_at, circuit_open_workers AS workers, waiting
 FROM server_health
 WHERE circuit_open_workers > 0 AND paused_at IS NULL

@@ -1,7 +1,7 @@
 """What is wrong with the queue now, for the operator who was woken: `qmqp-relay problems`.
 
-Each check reads the database and yields problems; a pause that somebody made is none before it is a
-day old. The statements are in `problems.<database>.sql`. A failure leaps if a route, a sender or a
+Each check reads the database and yields problems; a pause is a problem only after a
+day. The statements are in `problems.<database>.sql`. A failure leaps if a route, a sender or a
 domain has more than twice as many failed deliveries in the last hour as in any other hour of the
 last week.
 

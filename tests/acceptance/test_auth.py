@@ -178,7 +178,7 @@ def test_who_has_just_logged_in_does_so_without_the_database(
     postgres.kill()
     with client_of(relay) as client:
         assert log_in(client, "ann") == 235
-    for name, password in (("bob", PASSWORD), ("ann", "wrong horse"), ("nobody", PASSWORD)):
+    for name, password in (("bob", PASSWORD), ("ann", "wrong horse"), ("stranger", PASSWORD)):
         assert refused(relay, name, password) == 454
     postgres.start()
     with client_of(relay) as client:

@@ -206,7 +206,7 @@ def test_what_the_committer_is_going_to_insert_is_left_to_it(
 
 
 def left_by_a_dead_spooler(queue: QueueHarness, spool: Spool) -> str:
-    """A message in the journal whose rows nobody has made."""
+    """A message in the journal whose rows are not made."""
     spooler = SpoolerHarness(queue, spool)
     spooler.acceptor.fault = OperationalError("COMMIT", {}, ConnectionResetError())
     request = spooler.request()
@@ -249,7 +249,7 @@ def test_damage_is_reported_and_the_rest_is_rebuilt(
 
 @pytest.fixture
 def foreign(queue: QueueHarness, spool: Spool, typed: Typed) -> str:
-    """A message in a segment of another host, whose rows nobody has made. `typed` binds the spool
+    """A message in a segment of another host, whose rows are not made. `typed` binds the spool
     to the database."""
     del typed
     queue_id = left_by_a_dead_spooler(queue, spool)

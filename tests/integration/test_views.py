@@ -146,7 +146,7 @@ def test_actions_are_in_view_and_command(queue: QueueHarness, typed: Typed) -> N
     assert len(lines(typed("actions", "--json", "--limit", "2"))) == 2
     queue.change("UPDATE audit SET at = @ago(7200) WHERE operation = 'hold'")
     assert len(lines(typed("actions", "--json", "--newer-than", "1h"))) == 2
-    typed("actions", "--actor", "nobody", status=1)
+    typed("actions", "--actor", "stranger", status=1)
     on_one = lines(typed("actions", ids[0], "--json"))
     assert [row["operation"] for row in on_one] == ["pause route:default", "hold"]
     rows = queue.rows("SELECT queue_id, operation FROM mail_actions")

@@ -1,4 +1,4 @@
-"""Adoption: segments without an owner are taken over, others are left alone."""
+"""Adoption: segments without an owner are taken over, others are not."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""PROXY headers of both versions, whole and cut, and everything that is none."""
+"""PROXY headers of both versions, whole and cut, and everything else."""
 
 import ipaddress
 import struct

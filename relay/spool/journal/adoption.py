@@ -62,11 +62,11 @@ def adopt(
 def adopt_one(
     directory: JournalDirectory, name: str, *, local: bool, forced: bool = False
 ) -> AdoptedSegment | None:
-    """Adopt one segment by its name; None if it has an owner, or is none. `forced`: an operator
-    says that its owner has ended. Raises OSError.
+    """Adopt one segment by its name; None if it has an owner, or is no segment. `forced`: an
+    operator says that its owner has ended. Raises OSError.
 
-    The owner may have ended between its write and its sync, so the segment is synced before anybody
-    reads it: rows never refer to octets that a power failure may take away.
+    The owner may have ended between its write and its sync, so the segment is synced before it is
+    read: rows never refer to octets that a power failure may take away.
     """
     try:
         file = directory.open(name, write=True)

@@ -138,7 +138,7 @@ def checksum(segment: bytes, position: int, *parts: Buffer) -> int:
 
 
 def encode_segment_header(header: SegmentHeader) -> bytes:
-    """The first block of a segment. It holds the header twice: without it nobody adopts."""
+    """The first block of a segment. It holds the header twice: a segment needs it."""
     return b"".join(_encode_header_copy(header, at).ljust(_SECOND_HEADER, b"\0") for at in _HEADERS)
 
 

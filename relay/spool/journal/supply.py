@@ -76,7 +76,7 @@ class SegmentSupply:
         return result
 
     def close(self) -> None:
-        """Remove the segment that nobody took."""
+        """Remove the segment that was not taken."""
         if self._next is not None:
             with suppress(OSError):
                 segment, file = self._next.result()

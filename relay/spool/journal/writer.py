@@ -124,7 +124,7 @@ class JournalWriter:
         )
 
     def _rotate(self) -> SegmentFile:
-        """Begin a new segment; raises AppendFailed if there is none."""
+        """Begin a new segment; raises AppendFailed if it cannot be made."""
         self.retire()
         try:
             return self._open_next()
