@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from commands.web import app as web
+from commands.web import connection
 from relay.db import engine as database
 from relay.settings import Settings, load
 from relay.tls import CertificatePair
@@ -23,7 +24,7 @@ TIMEOUT = 1.0
 @pytest.fixture
 def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Of a page that is served, on a database without tables."""
-    monkeypatch.setattr(web, "UNFINISHED_TIMEOUT", TIMEOUT)
+    monkeypatch.setattr(connection, "UNFINISHED_TIMEOUT", TIMEOUT)
     engine = database.connect(f"sqlite:///{tmp_path}/empty.db")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = web.server(engine, load(Settings))

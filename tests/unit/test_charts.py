@@ -14,7 +14,7 @@ def row(step: int, outcome: str, tries: int, seconds: float = 0.5) -> dict[str, 
 
 
 def test_a_steady_rate_is_level_up_to_now() -> None:
-    graph = charts.rate(NOW, [row(step, "delivered", 50) for step in range(72)], 300, 72)
+    graph = charts.rate(NOW, [row(step, "delivered", 50) for step in range(72)], charts.SPANS["6h"])
     bars = [bar for _, bars in graph.steps for bar in bars]
     assert len(bars) == 72
     assert len({(y, high) for _, _, y, _, high in bars}) == 1
@@ -30,7 +30,7 @@ def test_a_bar_has_a_text_and_stands_on_the_axis() -> None:
         row(0, "rejected", 3),
         row(0, "malformed", 4),
     ]
-    ((text, bars),) = charts.rate(NOW, rows, 300, 72).steps
+    ((text, bars),) = charts.rate(NOW, rows, charts.SPANS["6h"]).steps
     clock = NOW.astimezone(UTC)
     assert text == f"{clock:%H}:29 to {clock:%H}:34: 2 delivered, 1 deferred, 3 failed, 4 uncertain"
     assert [kind for kind, *_ in bars] == list(charts.KINDS)
@@ -41,7 +41,7 @@ def test_a_bar_has_a_text_and_stands_on_the_axis() -> None:
 
 
 def test_hours_are_marked_where_they_begin() -> None:
-    hours = charts.rate(NOW, [], 300, 72).hours
+    hours = charts.rate(NOW, [], charts.SPANS["6h"]).hours
     assert [text[3:] for _, text in hours] == ["00"] * len(hours)
     assert 5 <= len(hours) <= 6
     gaps = {round(a - b, 1) for (a, _), (b, _) in pairwise(hours)}
@@ -55,11 +55,11 @@ def test_latency_lines_join_only_adjacent_steps() -> None:
         row(3, "delivered", 1),
         row(2, "deferred", 9),
     ]
-    graph = charts.latency(NOW, rows, 300, 72)
+    graph = charts.latency(NOW, rows, charts.SPANS["6h"])
     assert len(graph.dots) == 3
     assert len(graph.lines) == 1
     assert graph.keys == [("delivered", "lately 0.010 s")]
-    assert charts.latency(NOW, [], 300, 72).keys == []
+    assert charts.latency(NOW, [], charts.SPANS["6h"]).keys == []
 
 
 def test_hours_sum_tries_and_average_seconds() -> None:
@@ -69,7 +69,7 @@ def test_hours_sum_tries_and_average_seconds() -> None:
         row(12, "deferred", 5),
         row(71, "rejected", 7),
     ]
-    hours = charts.hourly(NOW, rows, 300, 72)
+    hours = charts.numbers(NOW, [], rows, charts.SPANS["6h"])
     assert [(sum(hour.tries.values()), hour.seconds) for hour in hours] == [
         (4, 1.75),
         (5, None),
