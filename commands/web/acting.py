@@ -32,7 +32,7 @@ from relay.report.rows import Row
 from relay.settings import Settings
 
 SWITCHES = ("pause", "resume")
-NAMES = (*OPERATIONS, *SWITCHES)
+NAMES = ("retry", "hold", "release", "bounce", "drop", *SWITCHES)
 SHOWN = 20  # deliveries of a preview
 REASON_LENGTH = 500
 _EFFECTS = {

@@ -27,14 +27,15 @@ from relay.report.rows import Row
 from relay.report.statistics import Statistics
 from relay.settings import Settings
 
-KEPT = 5.0  # seconds
+KEPT = 5.0  # seconds, or
+SLOWNESS = 20  # times as long as reading took
 TOP = 5  # reasons, domains and senders
 ACTIONS = 5
 DAY = 86400.0
 
 
 class KeptValue[T]:
-    """A value that is read again when it is old: after KEPT, or 20 times as long as it took."""
+    """A value that is read again when it is old."""
 
     def __init__(self, read: Callable[[], T]) -> None:
         self._read = read
@@ -50,9 +51,13 @@ class KeptValue[T]:
             if self._value is None or began >= self._expires_at:
                 self._value = self._read()
                 took = time.monotonic() - began
-                self._expires_at = began + took + max(KEPT, 20 * took)
+                self._expires_at = began + took + max(KEPT, SLOWNESS * took)
                 self.version += 1
             return self._value
+
+    def expire(self) -> None:
+        """Read it again at the next call."""
+        self._expires_at = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,10 @@ class Overview:
         self._now.get()
         return self._now.version
 
+    def expire(self) -> None:
+        """Show at once what an operator has changed."""
+        self._now.expire()
+
     def _draw(self, span: charts.Span) -> dict[str, Any]:
         seconds = span.step * span.steps
         now, attempts = self._statistics.history(seconds, span.step)
@@ -117,6 +126,7 @@ class Overview:
             "oldest": max((row["oldest_seconds"] for row in waiting), default=None),
             "overdue": sum(row["overdue"] for row in waiting),
             "paused": sum(row["paused"] for row in waiting),
+            "bytes": sum(int(row["bytes"] or 0) for row in waiting),
             "servers": [row | {"words": words.get(row["server"])} for row in map(dict, servers)],
             "routes": _routes(summary, queue.read("route_servers"), servers, pauses),
             "workers": [row for row in queue.workers() if row.ended_at is None],

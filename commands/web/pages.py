@@ -275,6 +275,8 @@ class Pages:
             texts, back = self._acting.act(name, form, visitor, dict(form))
         except (NoSuchMessage, ValueError) as error:
             return self._preview(request, visitor, form, str(error))
+        finally:
+            self.overview.expire()
         return self.page("acted.html", visitor, name=name, texts=texts, back=back)
 
     # Answers
