@@ -8,13 +8,12 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import unescape
 from http.cookiejar import CookieJar
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from commands.web import app as web
@@ -175,11 +174,9 @@ class Browser:
     def get(self, path: str, method: str = "GET", **headers: str) -> Page:
         return self._ask(urllib.request.Request(self.root + path, method=method, headers=headers))
 
-    def post(
-        self, path: str, headers: Mapping[str, str] = MappingProxyType({}), **form: str
-    ) -> Page:
+    def post(self, path: str, headers: Any = None, **form: str) -> Page:
         data = urllib.parse.urlencode(form).encode()
-        return self._ask(urllib.request.Request(self.root + path, data, dict(headers)))
+        return self._ask(urllib.request.Request(self.root + path, data, headers or {}))
 
     def log_in(self, name: str, password: str, path: str = "/") -> Page:
         """Ask for a page, and send the form of the login that comes instead."""
