@@ -160,7 +160,7 @@ def test_what_an_operation_cannot_do_is_said(desk: Desk) -> None:
         "/act/hold?newer_than=x": "Newer than: x is not a duration: write 30s",
         "/act/pause": "name one",
         "/act/pause?route=a&server=b": "name one",
-        "/act/pause?server=:": "is not",
+        "/act/pause?server=:": "bad QMQP server",
     }.items():
         page = desk.browser.get(path)
         assert (page.status, text in page.visible_text) == (400, True), path

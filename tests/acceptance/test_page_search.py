@@ -33,7 +33,9 @@ def found(database_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> I
             more = {"header_message_id": "<1@x>"} if sender == "ann@example.com" else {}
             queue_id = queue.accept(recipient, sender=sender, **more)
             queue.complete(
-                queue.claim(queue_id)[0], outcome, reply=f"451 4.7.1 try in {len(sender)}"
+                queue.claim(queue_id, capacity={"default": 1, "bulk": 1})[0],
+                outcome,
+                reply=f"451 4.7.1 try in {len(sender)}",
             )
         queue.accept("many@one.example", "more@one.example", client_address="198.51.100.7")
         queue.accept("late@one.example", auth_user="app", queue_id=f"{1000:012x}{new_id()[12:]}")
@@ -163,7 +165,7 @@ def test_csv_is_that_of_the_command(found: Found) -> None:
         ("expires_within=x", "Expires within: x is not a duration"),
         ("received_from=noon", "noon is no time: write 2026-11-25"),
         ("count_by=size", "cannot count by size: choose one of reason, sender"),
-        ("server=%3A", "is not"),
+        ("server=%3A", "bad QMQP server"),
         ("id=zz", "is not a queue id"),
     ],
 )
