@@ -19,7 +19,7 @@ from tests.integration.plugins import host, plugin_file
 from tests.integration.test_smtpd import SmtpHarness, smtp_door, talking
 from tests.waiting import until
 
-type Run = Callable[..., SmtpHarness]
+type Run = Callable[..., Any]
 
 
 @pytest.fixture
