@@ -6,6 +6,7 @@ What must stay true: reading takes no lock, changes nothing, and creates no data
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import sys
@@ -403,8 +404,9 @@ def show_body(end: str, *, header_only: bool) -> int:
         except BodyUnsendable as error:
             states = ", ".join(sorted({row.state for row in message.deliveries}))
             raise CommandError(NOTHING_MATCHED, f"{error}; its deliveries are {states}") from None
+    added = (message.prefix or "").encode().splitlines(keepends=True)
     with body:
-        for line in body:
+        for line in itertools.chain(added, body):
             if header_only and line == b"\n":
                 break
             if sys.stdout.isatty():
@@ -440,7 +442,7 @@ def journal_rows(settings: Settings, queue: QueueReader) -> list[Row]:
     spool = mounted_spool(settings, queue)
     if spool is None:
         return []
-    lag = journal_lag(spool, queue.segments())
+    lag, (segments, octets) = journal_lag(spool, queue.segments()), spool.journal_usage()
     store = SegmentStore(
         queue.engine, JournalDirectory(spool.handle), spool.identity, settings.retention
     )
@@ -449,8 +451,8 @@ def journal_rows(settings: Settings, queue: QueueReader) -> list[Row]:
             "messages": lag.messages,
             "bytes": lag.octets,
             "lag_seconds": lag.seconds,
-            "segments": lag.segments,
-            "disk": lag.octets_on_disk,
+            "segments": segments,
+            "disk": octets,
             "live": store.usage()[1],
         }
     ]
