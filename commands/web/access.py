@@ -107,7 +107,8 @@ class Access:
         return request.url.scheme == "https" or (self._is_proxied(request) and forwarded == "https")
 
     def takes_passwords(self, request: Request) -> bool:
-        """Whether a password may be sent: nobody between can read it, or a proxy answers for it."""
+        """Whether a password may be sent: no other program reads it on its way, or a trusted proxy
+        protects it."""
         peer = _peer(request)
         local = peer is not None and peer.is_loopback
         return local or self.is_secure(request) or self._is_proxied(request)

@@ -4,6 +4,8 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
+import pytest
+
 from commands.web import charts
 
 NOW = datetime(2026, 3, 1, 12, 34, 56, tzinfo=UTC)
@@ -79,3 +81,44 @@ def test_hours_sum_tries_and_average_seconds() -> None:
         (7, None),
     ]
     assert hours[0].begin[3:] == hours[0].end[3:] == "34"
+
+
+def arrived(step: int, deliveries: int) -> dict[str, Any]:
+    return {"step": step, "deliveries": deliveries}
+
+
+def test_in_and_out_have_one_scale() -> None:
+    span = charts.SPANS["6h"]
+    attempts = [row(0, "delivered", 40), row(0, "rejected", 10), row(1, "deferred", 99)]
+    graph = charts.flow(NOW, [arrived(0, 100), arrived(71, 50)], attempts, span)
+    assert [text for _, text in graph.marks] == ["0", "10", "20"], "deliveries per minute"
+    assert graph.keys == [("in", "150 in"), ("delivered", "40 delivered"), ("failed", "10 failed")]
+    assert [text for text, _ in graph.steps] == [
+        "12:29 to 12:34: 100 in, 40 delivered, 10 failed out"
+    ]
+    axis, top = (charts.HEIGHT - charts.BOTTOM, charts.TOP)
+    assert [kind for kind, *_ in graph.steps[0][1]] == ["delivered", "failed"]
+    *_, (_, before, x, y) = graph.lines
+    assert (before, y) == (axis, top), "the line falls to nothing between, and ends at the top"
+    assert len(graph.lines) == span.steps - 1
+    assert graph.lines[0][1] == (axis + top) / 2, "half as much six hours ago"
+    assert 98 < x <= 100
+
+
+def test_nothing_in_and_out_is_said() -> None:
+    graph = charts.flow(NOW, [], [], charts.SPANS["1h"])
+    assert (graph.keys, graph.lines, graph.steps) == ([], [], [])
+    assert graph.empty == "No mail came in or went out"
+
+
+@pytest.mark.parametrize("name", charts.SPANS)
+def test_each_span_has_marks_and_rows(name: str) -> None:
+    span = charts.SPANS[name]
+    marks = charts.rate(NOW, [], span).hours
+    assert 3 <= len(marks) <= 7
+    assert all(6 < x < 94 for x, _ in marks)
+    assert ("Sun" in marks[0][1]) is (name == "7d")
+    rows = charts.numbers(NOW, [arrived(step, 1) for step in range(span.steps)], [], span)
+    assert 6 <= len(rows) <= 12
+    assert sum(one.arrived for one in rows) == span.steps
+    assert span.row % span.step == 0
