@@ -124,7 +124,7 @@ class Acting:
             text = f"It is not paused. {text}"
         if kind == "server":
             waits = [row["waiting"] for row in self._queue.read("servers") if row["server"] == of]
-            text += f" {counted(int(sum(waits)))} wait for it."
+            text += f" Waiting for it: {counted(int(sum(waits)))}."
         return Preview(name, f"{kind} {of}", text, values, f"/#{kind}s")
 
     def act(
