@@ -184,7 +184,10 @@ def test_routes_and_servers_are_paused_and_resumed(desk: Desk) -> None:
     overview = desk.browser.get("/")
     for link in ("/act/pause?route=default", "/act/pause?server=192.0.2.1%3A628"):
         assert f'href="{link}"' in overview.text
-    assert "Waiting for it: 1 delivery." in desk.browser.get(f"/act/pause?server={server}").visible_text
+    assert (
+        "Waiting for it: 1 delivery."
+        in desk.browser.get(f"/act/pause?server={server}").visible_text
+    )
     for kind, name in (("route", "default"), ("server", server)):
         done = desk.browser.act(f"/act/pause?{kind}={name}", reason="ticket 8")
         assert f"{kind}:{name} paused" in done.visible_text

@@ -111,7 +111,7 @@ def test_totals_count_recipients_and_deliveries(
 ) -> None:
     _, _, browser = found
     text = browser.get("/search?domain=one.example").visible_text
-    assert "5 recipients, newest first. 4 deliveries: 1 bounced , 1 delivered , 2 queued ." in text
+    assert "5 recipients, newest first. 4 deliveries: 1 bounced, 1 delivered, 2 queued." in text
     monkeypatch.setattr("commands.web.pages.PAGE_ROWS", 2)
     page = browser.get("/search?domain=one.example")
     assert "2 recipients, and older mail, newest first. In all 5 in 4 deliveries:" in (
