@@ -110,6 +110,17 @@ DELIVERY_SECONDS = Histogram(
     "relay_delivery_seconds", "from the 250 to the server's K", buckets=_LONG
 )
 TRANSFERS_OPEN = Gauge("relay_transfers_open", "transfers in progress in this worker")
+NOTIFICATIONS = Counter(
+    "relay_notifications",
+    "tries to deliver events, by what they led to: delivered, failed or given_up",
+    ["subscription", "result"],
+)
+NOTIFICATION_SECONDS = Histogram(
+    "relay_notification_seconds",
+    "duration of a try to deliver an event",
+    ["subscription"],
+    buckets=_QUICK,
+)
 CIRCUIT_OPENED = Counter(
     "relay_circuit_opened", "times that the circuit of a server opened", ["server", "why"]
 )
