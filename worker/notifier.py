@@ -3,8 +3,8 @@
 Each subscription has an `EventCourier` on the event loop of this thread. It claims events that are
 due (`relay.events.outbox`), sends up to CONCURRENCY of them at once, and records what became of
 them, several in a transaction. A try that failed is repeated after the times in DELAYS. While a
-receiver fails as a whole, one event at a time is tried, with growing pauses; when it is back, what
-failed before is tried at once.
+receiver fails as a whole, one event at a time is tried, with growing pauses; after the first that
+arrives again, what failed before is due at once.
 
 What must stay true: a receiver that is slow or dead costs mail nothing but rows; a courier holds at
 most CONCURRENCY events in memory; nothing is deleted before the receiver has it, or TRIES failed,
