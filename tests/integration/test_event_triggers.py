@@ -245,10 +245,8 @@ def test_message_that_is_accepted_on_hold_is_also_held(heard: QueueHarness) -> N
 
 
 def test_delay_warning_is_an_event(queue: QueueHarness, spool: Spool) -> None:
-    given = {"delay_warning": "10s", "spool_dir": spool.directory}
-    late = QueueHarness(
-        queue.database.url.render_as_string(hide_password=False), queue_lifetime=9e9, **given
-    )
+    url = queue.database.url.render_as_string(hide_password=False)
+    late = QueueHarness(url, delay_warning="10s", spool_dir=spool.directory)
     Subscriptions(late.database).register([ALL])
     spool.prepare(late.database, unsafe=True)
     generator = DsnGenerator(late.database, spool, late.settings, lambda _: "default")

@@ -2,7 +2,6 @@
 does."""
 
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,7 +129,8 @@ def test_events_arrive_signed_and_in_order_over_kept_connections(mail: Mail) -> 
 
 
 def test_one_message_has_one_request_at_a_time_for_several_workers(mail: Mail) -> None:
-    mail.receiver.answer = lambda _id, _data: (time.sleep(0.002), (200, OK))[1]
+    pause = threading.Event()
+    mail.receiver.answer = lambda _id, _data: (pause.wait(0.002), (200, OK))[1]
     ids = mail.deliver(15)
     with mail.notifying(), mail.notifying(), mail.notifying():
         mail.until_done()
