@@ -211,6 +211,7 @@ class QueueMetrics(Collector):
         self._metrics: list[Metric] = []
         self._counted: dict[str, StateCount] = {}
         self._waiting: dict[str, int] = {}
+        self._notified: dict[str, tuple[int, float, int]] = {}
 
     def describe(self) -> Iterable[Metric]:
         """Nothing, so that registration reads no database."""
@@ -305,6 +306,24 @@ class QueueMetrics(Collector):
             ),
             _gauge("paused_seconds", "for how long they have been paused", paused, "subject"),
             _gauge(
+                "notifications_pending",
+                "events that a subscription has not got yet",
+                {name: pending for name, (pending, _, _) in self._notified.items()},
+                "subscription",
+            ),
+            _gauge(
+                "notification_lag_seconds",
+                "age of the oldest of them",
+                {name: lag for name, (_, lag, _) in self._notified.items()},
+                "subscription",
+            ),
+            _gauge(
+                "subscription_disabled",
+                "1 if a subscription is disabled",
+                {name: disabled for name, (_, _, disabled) in self._notified.items()},
+                "subscription",
+            ),
+            _gauge(
                 "uncertain_attempts",
                 "attempts of the last hour with an unknown end",
                 totals.uncertain,
@@ -318,6 +337,8 @@ class QueueMetrics(Collector):
             rows = itertools.starmap(StateCount, self._queries.run(connection, "counts"))
             self._counted = {row.state: row for row in rows}
             self._waiting = dict(self._queries.run(connection, "waiting").all())
+            notified = self._queries.run(connection, "notifications")
+            self._notified = {name: (pending, lag, off) for name, pending, lag, off in notified}
             ended = time.monotonic()
             self._count_at = ended + COUNT_INTERVAL * (ended - began)
         return self._counted, self._waiting

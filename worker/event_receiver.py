@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from relay.events.model import MailEvent
-from relay.events.subscriptions import NewSubscription
+from relay.events.model import MailEvent, NewSubscription
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 VERSION = 1
 
@@ -26,6 +26,14 @@ class EventType(StrEnum):
     SPLIT = "split"
     UNCERTAIN = "uncertain"
     WARNED = "warned"
+
+
+class NewSubscription(NamedTuple):
+    """What a worker registers; no types or no routes: all."""
+
+    name: str
+    types: tuple[EventType, ...] = ()
+    routes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,27 +14,18 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import NamedTuple
 
 from sqlalchemy import Engine
 
 from relay.db.engine import reading, writing
 from relay.db.sql import Queries
-from relay.events.model import EventType
+from relay.events.model import NewSubscription
 from relay.queue.audit import AuditEntry
 from relay.report.queries import as_rows
 
 RENEWAL = 60.0  # seconds
 TURNS = 3
 CHUNK = 5000  # notifications that one transaction removes
-
-
-class NewSubscription(NamedTuple):
-    """What a worker registers; no types or no routes: all."""
-
-    name: str
-    types: tuple[EventType, ...] = ()
-    routes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from relay.events.model import EventType
-from relay.events.subscriptions import NewSubscription
+from relay.events.model import EventType, NewSubscription
 from relay.listeners import is_loopback
 from relay.settings import Settings, SettingsError
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from relay.dsn.generator import DsnGenerator
-from relay.events.model import EventType
+from relay.events.model import EventType, NewSubscription
 from relay.events.outbox import EventFilter, Outbox
-from relay.events.subscriptions import NewSubscription, Subscriptions
+from relay.events.subscriptions import Subscriptions
 from relay.queue.model import Attempt, Claim
 from relay.queue.operations import OPERATIONS, QueueOperations
 from relay.queue.outcome import Outcome
