@@ -114,7 +114,7 @@ def list_(json_lines: Json = False) -> int:
 
 
 @command(webhooks, "test")
-def test_(name: Name, json_lines: Json = False) -> int:
+def try_one(name: Name, json_lines: Json = False) -> int:
     """Post an event of the type `test` to a webhook of RELAY_WEBHOOKS, and show the reply."""
     from commands.ops.events import post_test_event
 

@@ -66,7 +66,7 @@ def test_http_to_another_machine_must_be_called_insecure() -> None:
         (HTTPS + "insecure = 'yes'", "insecure: write true or false"),
         (HTTPS + "name = 'a b'", "name: 'a b': write up to 100 letters"),
         (HTTPS + HTTPS, r"\[\[webhook\]\] 2: name: billing.example.org is another webhook"),
-        ("[[webhook", "line 1"),
+        ("[[webhook", "end of an array"),
     ],
 )
 def test_error_says_where_it_is_and_what_to_write(text: str, error: str) -> None:
