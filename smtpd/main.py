@@ -15,6 +15,7 @@ from qmqpd.server import QmqpConnection
 from reception.authentication import Authenticator
 from reception.listeners import SystemdSockets
 from reception.policy import Policy, qmqp_networks
+from reception.rate_recorder import RateRecorder
 from reception.receiver import THREADS, DiskThreads, Receiver
 from reception.server import Door, FrontEnd
 from reception.spooler_client import SpoolerClient, launcher
@@ -97,6 +98,9 @@ async def _serve(
     )
     size_limit = partial(offered_size, settings.max_message_size, routes)
     authenticator = Authenticator(loop, settings.database_url)
+    recorder = RateRecorder(loop, state.engine)
+    for door, _listeners in doors:
+        door.policy.on_rate_exceeded = recorder.note
     server = FrontEnd(
         loop, settings, receiver, size_limit, authenticator, last_descriptor, certificate
     )
@@ -124,6 +128,7 @@ async def _serve(
     log.info("stopping", sessions=len(server.connections))
     await server.stop(settings.drain_timeout)
     await authenticator.close()
+    await recorder.close()
     await spooler.close(5.0)
     await loop.run_in_executor(None, threads.close, 5.0)
     await loop.run_in_executor(None, hints.close)

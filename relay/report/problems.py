@@ -10,12 +10,16 @@ that only waits for a server that is down is part of that problem.
 """
 
 import shlex
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal
 
 from relay.report.queries import Reader
+from relay.settings import Settings
+from relay.tls import DAY, WARN_DAYS, CertificateError, load_pair
 
 type Kind = Literal[
     "server_down",
@@ -24,15 +28,19 @@ type Kind = Literal[
     "overdue",
     "journal",
     "disk",
+    "certificate",
     "held",
     "uncertain",
     "expiring",
+    "certificate_ends",
     "paused_long",
     "failures",
 ]
 # In the order in which they are shown.
 KINDS: tuple[Kind, ...] = Kind.__value__.__args__
-CRITICAL = frozenset({"server_down", "no_worker", "not_claimed", "overdue", "journal", "disk"})
+CRITICAL = frozenset(
+    {"server_down", "no_worker", "not_claimed", "overdue", "journal", "disk", "certificate"}
+)
 SLACK = 60.0  # seconds for which mail may be overdue: a worker is starting, or all are busy
 SOON = 6 * 3600.0  # seconds before mail expires
 LEAST_FAILURES = 20  # failed deliveries of the last hour that may be a leap
@@ -43,9 +51,9 @@ MIN_FREE_BYTES, MIN_FREE_PART = 1e9, 0.05  # of the disk of the spool
 class Problem:
     """Something that an operator should look at.
 
-    `subject`: the server, route, domain or directory that it is about, else empty. `since`: None if
-    that is not known. `count`: how many deliveries it concerns, or the free bytes of a disk.
-    `next`: the command to type.
+    `subject`: the server, route, domain, directory or file that it is about, else empty. `since`:
+    None if that is not known. `count`: how many deliveries it concerns, the free bytes of a disk,
+    or the days that a certificate has left. `next`: the command to type.
     """
 
     kind: Kind
@@ -169,6 +177,27 @@ def disk(directory: str, free: int, total: int) -> Iterator[Problem]:
         text = f"{free / 1e9:.1f} GB of {total / 1e9:.1f} GB are free for bodies; clients get 452"
         text += " when it is full"
         yield Problem("disk", directory, None, free, text, f"df -h {shlex.quote(directory)}")
+
+
+def certificate(settings: Settings, client_ca: Path | None) -> Iterator[Problem]:
+    """The files of the certificate if they cannot be used, and a certificate that ends soon."""
+    if settings.tls_certificate is None:
+        return
+    subject, following = str(settings.tls_certificate), "qmqp-relay check"
+    try:
+        expires_at = load_pair(settings, client_ca).expires_at
+    except CertificateError as error:
+        text = f"{error}; processes that run keep the pair that they have, and others do not start"
+        yield Problem("certificate", subject, None, 0, text, following)
+        return
+    days = (expires_at - time.time()) / DAY
+    if days < 0:
+        ended = datetime.fromtimestamp(expires_at, UTC)
+        text = "the certificate has ended, and clients refuse TLS; renew it"
+        yield Problem("certificate", subject, ended, 0, text, following)
+    elif days < WARN_DAYS:
+        text = f"the certificate ends in {days:.0f} days, and is not renewed yet"
+        yield Problem("certificate_ends", subject, None, int(days), text, following)
 
 
 def _count(deliveries: int) -> str:
