@@ -6,7 +6,9 @@ The exit status is 1 if there is a problem. With --nagios the output is one line
 data, and the status is that of a Nagios plugin: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN.
 """
 
+import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import typer
@@ -26,6 +28,7 @@ from relay.report.problems import (
 )
 from relay.report.queries import QueueReader
 from relay.settings import SmtpdSettings, load
+from relay.tls import DAY, WARN_DAYS, CertificateError, load_pair
 
 FOUND = 1
 NAGIOS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
@@ -62,9 +65,18 @@ def find_problems() -> tuple[list[Problem], int]:
         ]
         lag = journal_lag(spool, QueueReader(engine).segments()) if spool else None
         behind = journal(lag.messages, lag.seconds) if lag else ()
-        files = certificate(settings, settings.tls_client_ca)
-        found = [*problems.all(), *disks, *behind, *files]
+        found = [*problems.all(), *disks, *behind, *_certificate(settings)]
         return sorted(found, key=lambda one: KINDS.index(one.kind)), problems.waiting()
+
+
+def _certificate(settings: SmtpdSettings) -> Iterator[Problem]:
+    file, days, fault = settings.tls_certificate, 0.0, ""
+    if file is not None:
+        try:
+            days = (load_pair(settings, settings.tls_client_ca).expires_at - time.time()) / DAY
+        except CertificateError as error:
+            fault = str(error)
+        yield from certificate(str(file), days, WARN_DAYS, fault)
 
 
 def _nagios() -> int:

@@ -10,16 +10,12 @@ that only waits for a server that is down is part of that problem.
 """
 
 import shlex
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 from relay.report.queries import Reader
-from relay.settings import Settings
-from relay.tls import DAY, WARN_DAYS, CertificateError, load_pair
 
 type Kind = Literal[
     "server_down",
@@ -179,25 +175,20 @@ def disk(directory: str, free: int, total: int) -> Iterator[Problem]:
         yield Problem("disk", directory, None, free, text, f"df -h {shlex.quote(directory)}")
 
 
-def certificate(settings: Settings, client_ca: Path | None) -> Iterator[Problem]:
-    """The files of the certificate if they cannot be used, and a certificate that ends soon."""
-    if settings.tls_certificate is None:
-        return
-    subject, following = str(settings.tls_certificate), "qmqp-relay check"
-    try:
-        expires_at = load_pair(settings, client_ca).expires_at
-    except CertificateError as error:
-        text = f"{error}; processes that run keep the pair that they have, and others do not start"
-        yield Problem("certificate", subject, None, 0, text, following)
-        return
-    days = (expires_at - time.time()) / DAY
-    if days < 0:
-        ended = datetime.fromtimestamp(expires_at, UTC)
+def certificate(file: str, days: float, warn_days: float, fault: str) -> Iterator[Problem]:
+    """A certificate with so many days left, fewer than `warn_days`; or the fault for which its file
+    cannot be used."""
+    following = "qmqp-relay check"
+    if fault:
+        text = f"{fault}; processes that run keep the pair that they have, and others do not start"
+        yield Problem("certificate", file, None, 0, text, following)
+    elif days < 0:
+        ended = datetime.now(UTC) + timedelta(days=days)
         text = "the certificate has ended, and clients refuse TLS; renew it"
-        yield Problem("certificate", subject, ended, 0, text, following)
-    elif days < WARN_DAYS:
+        yield Problem("certificate", file, ended, 0, text, following)
+    elif days < warn_days:
         text = f"the certificate ends in {days:.0f} days, and is not renewed yet"
-        yield Problem("certificate_ends", subject, None, int(days), text, following)
+        yield Problem("certificate_ends", file, None, int(days), text, following)
 
 
 def _count(deliveries: int) -> str:
