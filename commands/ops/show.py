@@ -426,7 +426,7 @@ def journal_rows(settings: Settings, queue: QueueReader) -> list[Row]:
     spool = mounted_spool(settings, queue)
     if spool is None:
         return []
-    lag = journal_lag(spool, queue.segments())
+    lag, (segments, octets) = journal_lag(spool, queue.segments()), spool.journal_usage()
     store = SegmentStore(
         queue.engine, JournalDirectory(spool.handle), spool.identity, settings.retention
     )
@@ -435,8 +435,8 @@ def journal_rows(settings: Settings, queue: QueueReader) -> list[Row]:
             "messages": lag.messages,
             "bytes": lag.octets,
             "lag_seconds": lag.seconds,
-            "segments": lag.segments,
-            "disk": lag.octets_on_disk,
+            "segments": segments,
+            "disk": octets,
             "live": store.usage()[1],
         }
     ]
