@@ -457,6 +457,19 @@ users = Table(
     comment="who may log in with a password",
 )
 
+rate_refusals = Table(
+    "rate_refusals",
+    metadata,
+    Column("subject", Text, comment="whose rate it was: client, sender or user"),
+    Column("what", Text, comment="what was refused: messages, recipients or connections"),
+    Column("name", Text, comment="network, address or name; empty: several others"),
+    Column("hour", Instant, comment="beginning of the hour"),
+    Column("refused", BigInteger, nullable=False, comment="how many were refused in that hour"),
+    Column("last_at", Instant, nullable=False, comment="when the last one was refused"),
+    PrimaryKeyConstraint("subject", "what", "name", "hour", name="rate_refusals_key"),
+    comment="refusals by RELAY_RATE_LIMITS and limits of users, of the last day",
+)
+
 # The meaning of the columns of the views, for docs/inspect.md and for the comments on PostgreSQL.
 _RECIPIENT_COLUMNS: dict[str, str] = {
     "queue_id": "32 hex digits, as in the 250 reply, in logs and in names of files",

@@ -74,8 +74,11 @@ GROUP_COMMIT_SECONDS = Histogram(
 JOURNAL_LAG_MESSAGES = Gauge(
     "relay_journal_lag_messages", "accepted messages in the journal that have no rows yet"
 )
-JOURNAL_LAG_BYTES = Gauge("relay_journal_lag_bytes", "bytes of their bodies")
+JOURNAL_LAG_BYTES = Gauge("relay_journal_lag_bytes", "bytes of their envelopes and bodies")
 JOURNAL_LAG_SECONDS = Gauge("relay_journal_lag_seconds", "age of the oldest of them")
+JOURNAL_DAMAGES = Counter(
+    "relay_journal_damages", "parts of segments that did not verify when rows were made from them"
+)
 RATE_LIMITED = Counter(
     "relay_rate_limited",
     "messages, recipients and connections refused by RELAY_RATE_LIMITS",

@@ -120,7 +120,11 @@ def _is_proxy_network(text: str) -> bool:
     """`connected` would trust the header of every client that comes through a published port."""
     if text == "connected":
         raise ValueError("'connected' names no proxy: write its address, or its network")
-    return bool(parse_network(text))
+    if not parse_network(text).prefixlen:
+        raise ValueError(
+            f"{text!r}: every peer could claim any address: write those of the proxies"
+        )
+    return True
 
 
 def _is_broker(text: str) -> bool:
@@ -347,6 +351,11 @@ class SmtpdSettings(Settings):
                 raise ValueError(
                     f"RELAY_SMTP_LISTEN: {listener} needs a certificate: set RELAY_TLS_CERTIFICATE"
                     " and RELAY_TLS_KEY"
+                )
+            if listener.auth and not (self.tls_certificate or self.auth_plaintext_networks):
+                raise ValueError(
+                    f"RELAY_SMTP_LISTEN: no client can log in at {listener}: set"
+                    " RELAY_TLS_CERTIFICATE, or RELAY_AUTH_PLAINTEXT_NETWORKS"
                 )
             if listener.proxy and not self.proxy_networks:
                 raise ValueError(
