@@ -9,8 +9,8 @@ from alembic import op
 
 from migrations.triggers import drop_triggers
 
-revision = "0009"
-down_revision = "0008"
+revision = "0010"
+down_revision = "0009"
 branch_labels = None
 depends_on = None
 
