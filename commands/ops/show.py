@@ -136,6 +136,11 @@ _SUMMARY = _columns("STATE ROUTE DELIVERIES BYTES OLDEST=oldest_seconds OVERDUE 
 _PAUSES = _columns("PAUSED=subject SINCE=paused_at BY=actor DELIVERIES REASON")
 _JOURNAL = _columns("WITHOUT_ROWS=messages BYTES FOR=lag_seconds SEGMENTS DISK LIVE")
 _RECEIVED = _columns("LAST_MINUTE LAST_HOUR BYTES")
+_LIMITED: Columns = {
+    "LIMIT": lambda row: f"{row['subject']}-{row['what']}",
+    "NAME": lambda row: row["name"] or "(others)",
+    **_columns("REFUSED LAST=last_at"),
+}
 _RATES = _columns("OUTCOME LAST_MINUTE LAST_HOUR BYTES=bytes_sent MEAN=seconds")
 _FLOW = _columns("MINUTES IN=received OUT=finished WAITING DRAINED_IN=drain_seconds")
 _VERSIONS = _columns(
@@ -485,6 +490,12 @@ def show_stats(*, json_lines: bool) -> int:
             ("disk", "disk of the spool", disk_of(mounted_spool(settings, queue)), _DISK),
             ("version", "tries of the last day by version", statistics.read("versions"), _VERSIONS),
             ("received", "received messages", [statistics.received()], _RECEIVED),
+            (
+                "rate_limit",
+                "refused by rate limits in the last day",
+                statistics.rate_limited(),
+                _LIMITED,
+            ),
             ("rate", "tries of the last hour", statistics.read("rates"), _RATES),
             (
                 "slowest",

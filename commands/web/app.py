@@ -36,7 +36,7 @@ from commands.web.pages import TEMPLATES, Pages
 from commands.web.sessions import Sessions
 from relay.listeners import is_loopback
 from relay.log import get_logger
-from relay.settings import Settings
+from relay.settings import SmtpdSettings
 from relay.tls import CertificatePair, certificate_pair
 
 log = get_logger(__name__)
@@ -59,7 +59,7 @@ class PageServer(uvicorn.Server):
 
 
 def server(
-    engine: Engine, settings: Settings, certificate: CertificatePair | None = None
+    engine: Engine, settings: SmtpdSettings, certificate: CertificatePair | None = None
 ) -> PageServer:
     """The server of the pages, over TLS with a certificate."""
     access, pages = Access(engine, settings), Pages(engine, settings)
@@ -136,7 +136,7 @@ def server(
     return PageServer(config, streams, access)
 
 
-def run(settings: Settings) -> int:
+def run(settings: SmtpdSettings) -> int:
     """Serve until a signal stops it; the exit status."""
     sockets = []
     for host, port in settings.web_listen:

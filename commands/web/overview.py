@@ -26,7 +26,7 @@ from relay.report.problems import CRITICAL
 from relay.report.queries import QueueReader
 from relay.report.rows import Row
 from relay.report.statistics import Statistics
-from relay.settings import Settings
+from relay.settings import SmtpdSettings
 
 KEPT = 5.0  # seconds, or
 SLOWNESS = 10  # times as long as reading took
@@ -78,7 +78,7 @@ class RouteRow:
 class Overview:
     """The overview of one database."""
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
+    def __init__(self, engine: Engine, settings: SmtpdSettings) -> None:
         self._engine, self._settings = engine, settings
         self._queue, self._statistics = QueueReader(engine), Statistics(engine)
         self._now = KeptValue(self._read)
@@ -135,6 +135,7 @@ class Overview:
             "pauses": pauses,
             "journal": journal_rows(settings, queue),
             "disk": disk_of(mounted_spool(settings, queue)),
+            "limited": self._statistics.rate_limited(),
             "actions": queue.read("actions", seconds=7 * DAY, actor="%", most=ACTIONS),
             "at": stamp(self._statistics.read("now")[0]["now_at"]),
         }

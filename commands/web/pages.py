@@ -33,7 +33,7 @@ from relay.queue.states import State
 from relay.report.filters import like
 from relay.report.queries import COUNT_KEYS, NoSuchMessage, QueueReader
 from relay.report.rows import Row
-from relay.settings import Settings, seconds
+from relay.settings import SmtpdSettings, seconds
 from relay.spool.store import BodyUnsendable
 
 log = get_logger(__name__)
@@ -60,7 +60,7 @@ class Totals:
 class Pages:
     """The pages; one object for each process."""
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
+    def __init__(self, engine: Engine, settings: SmtpdSettings) -> None:
         self._queue = QueueReader(engine)
         self._settings = settings
         self._acting = Acting(engine, settings)

@@ -22,7 +22,7 @@ from relay.queue.operations import OPERATIONS, QueueOperations
 from relay.queue.outcome import Outcome
 from relay.queue.states import State
 from relay.report.filters import Filter
-from relay.settings import Settings, load
+from relay.settings import SmtpdSettings, load
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness
 from tests.waiting import until
@@ -220,7 +220,7 @@ def hidden(page: Page, name: str) -> str:
 def browsing(queue: QueueHarness) -> Iterator[Browser]:
     """The pages of a database, served by a real server."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = web.server(queue.database, load(Settings))
+        server = web.server(queue.database, load(SmtpdSettings))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:

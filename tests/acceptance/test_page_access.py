@@ -14,7 +14,7 @@ from commands.web import app as web
 from commands.web.access import COOKIE, Access
 from relay import passwords
 from relay.queue.states import State
-from relay.settings import Settings, SettingsError, load
+from relay.settings import Settings, SettingsError, SmtpdSettings, load
 from relay.spool.store import Spool
 from relay.tls import CertificatePair
 from relay.users import Role, Users
@@ -155,7 +155,7 @@ def test_cookie_is_for_this_site_and_no_script(users: Users, browser: Browser) -
 def test_cookie_is_secure_over_tls(queue: QueueHarness, users: Users, tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     certificate, key = authority.sign("127.0.0.1").write(tmp_path / "tls")
-    settings = load(Settings, tls_certificate=certificate, tls_key=key)
+    settings = load(SmtpdSettings, tls_certificate=certificate, tls_key=key)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = web.server(queue.database, settings, CertificatePair(settings))
         thread = threading.Thread(target=server.run, args=([listener],))

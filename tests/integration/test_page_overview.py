@@ -1,5 +1,6 @@
 """The overview of the page: what it reads, on both databases, and how long it keeps it."""
 
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,9 @@ from relay.queue.operations import QueueOperations
 from relay.queue.outcome import Outcome
 from relay.queue.states import State
 from relay.report.statistics import Statistics
-from relay.settings import Settings, load
+from relay.settings import SmtpdSettings, load
 from relay.spool.store import Spool
+from tests.acceptance.console import browsing
 from tests.integration.harness import QueueHarness, opened
 from tests.integration.typed import typed_at
 
@@ -33,7 +35,7 @@ def queue(
 
 
 def values(queue: QueueHarness) -> dict[str, Any]:
-    return Overview(queue.database, load(Settings)).values(charts.USUAL)
+    return Overview(queue.database, load(SmtpdSettings)).values(charts.USUAL)
 
 
 def test_routes_show_what_waits_and_since_when_they_fail(queue: QueueHarness) -> None:
@@ -118,6 +120,19 @@ def test_problems_are_those_of_the_command(queue: QueueHarness) -> None:
     assert shown["problems"] == find_problems()[0]
     assert [problem.kind for problem in shown["problems"]][:2] == ["server_down", "held"]
     assert shown["critical"] is True
+
+
+def test_refusals_of_rates_are_shown(queue: QueueHarness) -> None:
+    for n, name in enumerate(("192.0.2.7", ""), 1):
+        queue.change(
+            "INSERT INTO rate_refusals (hour, subject, what, name, refused, last_at) VALUES"
+            " (@ago(10), 'client', 'messages', :name, :n, @ago(10))",
+            name=name,
+            n=n,
+        )
+    with browsing(queue) as browser:
+        text = browser.get("/").visible_text
+    assert re.search(r"client several others messages 2 \d+s client 192\.0\.2\.7 messages 1 ", text)
 
 
 def test_arrivals_are_counted_by_step(queue: QueueHarness) -> None:

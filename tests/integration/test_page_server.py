@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from commands.web import app as web
 from commands.web import connection
 from relay.db import engine as database
-from relay.settings import Settings, load
+from relay.settings import SmtpdSettings, load
 from relay.tls import CertificatePair
 from tests.certificates import Authority
 from tests.waiting import until
@@ -28,7 +28,7 @@ def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(connection, "UNFINISHED_TIMEOUT", TIMEOUT)
     engine = database.connect(f"sqlite:///{tmp_path}/empty.db")
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = web.server(engine, load(Settings))
+        server = web.server(engine, load(SmtpdSettings))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         until(lambda: server.started)
@@ -42,7 +42,7 @@ def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 def test_the_page_is_served_over_tls_with_the_renewed_certificate(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     certificate, key = authority.sign("127.0.0.1").write(tmp_path / "tls")
-    settings = load(Settings, tls_certificate=certificate, tls_key=key)
+    settings = load(SmtpdSettings, tls_certificate=certificate, tls_key=key)
     pair = CertificatePair(settings)
     engine = database.connect(f"sqlite:///{tmp_path}/empty.db")
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -137,7 +137,7 @@ def ask_for_events(port: int) -> socket.socket:
 def test_streams_end_when_the_server_stops(sqlite_url: str) -> None:
     engine = database.connect(sqlite_url)
     with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
-        server = web.server(engine, load(Settings))
+        server = web.server(engine, load(SmtpdSettings))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         until(lambda: server.started)
@@ -163,7 +163,7 @@ def test_streams_leave_connections_for_pages(
     monkeypatch.setattr("commands.web.live.MAX_STREAMS", 2)
     engine = database.connect(sqlite_url)
     with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
-        server = web.server(engine, load(Settings))
+        server = web.server(engine, load(SmtpdSettings))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         until(lambda: server.started)
