@@ -83,6 +83,7 @@ messages = Table(
     Column("segment", Id, comment="segment of the journal that has the body; empty: a file has it"),
     Column("position", BigInteger, comment="where the body begins in the segment"),
     Column("tls", Text, comment="protocol and cipher of the SMTP connection; empty: plain text"),
+    Column("prefix", Text, comment="header fields that plugins have added before the body"),
     Index("messages_sender", "sender", postgresql_ops={"sender": "text_pattern_ops"}),
     Index(None, "header_message_id"),
     comment="accepted messages; nothing in a row changes but the place of its body",

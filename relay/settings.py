@@ -26,6 +26,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from relay.listeners import Listener, parse_listen, parse_listener
+from relay.plugin_entries import PluginEntry, parse_plugins
 from relay.rate_limits import RateLimit, parse_rate_limit
 
 type Network = IPv4Network | IPv6Network
@@ -240,6 +241,11 @@ Broker = Annotated[
         " redis+socket:///path; in a password / # ? @ : % are spelt %2F %23 %3F %40 %3A %25",
     ),
 ]
+PluginEntries = Annotated[
+    tuple[PluginEntry, ...],
+    NoDecode,
+    from_text(lambda text: parse_plugins(text, seconds)),
+]
 AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
 
 
@@ -276,6 +282,8 @@ class Settings(BaseSettings):
         "not configured to accept that recipient",
         "not allowed to use this mail server",
     )
+
+    plugins: PluginEntries = ()
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "console"] = "auto"
@@ -427,7 +435,8 @@ def _line(detail: Mapping[str, Any]) -> str:
     value = detail["input"]
     if len(detail["loc"]) > 1:  # one of several values
         value = os.environ.get(name, value)
-    return f"{name}{'' if 'URL' in name else f' = {value!r}'}: {reason(detail)}"
+    secret = "URL" in name or name == "RELAY_PLUGINS"  # whose arguments may be passwords
+    return f"{name}{'' if secret else f' = {value!r}'}: {reason(detail)}"
 
 
 def unauthorized_pattern(settings: Settings) -> re.Pattern[str]:

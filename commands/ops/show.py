@@ -6,6 +6,7 @@ What must stay true: reading takes no lock, changes nothing, and creates no data
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import sys
@@ -402,8 +403,9 @@ def show_body(end: str, *, header_only: bool) -> int:
         except BodyUnsendable as error:
             states = ", ".join(sorted({row.state for row in message.deliveries}))
             raise CommandError(NOTHING_MATCHED, f"{error}; its deliveries are {states}") from None
+    added = (message.prefix or "").encode().splitlines(keepends=True)
     with body:
-        for line in body:
+        for line in itertools.chain(added, body):
             if header_only and line == b"\n":
                 break
             if sys.stdout.isatty():

@@ -41,7 +41,7 @@ _VOLATILE = {"tmpfs", "ramfs"}
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "ceph", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "9p"}
 """File systems that several machines may share, where a lost lock does not prove a death."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _IDENTITY = "spool-id"
 _ORPHANS = "orphans"
 
@@ -105,6 +105,10 @@ class BodyWriter:
         except OSError:
             self.discard()
             raise
+
+    def read(self, size: int, offset: int) -> bytes:
+        """At most `size` octets of what was appended. Any thread. Raises OSError."""
+        return os.pread(self._handle, min(size, self.size - offset), offset)
 
     def finish(self, envelope: bytes) -> int:
         """Write the trailer with the envelope, sync file and directory, and close; the size of the

@@ -23,7 +23,7 @@ from reception.policy import ClientPolicy, Policy
 from relay.settings import SmtpdSettings, load
 from smtpd.addresses import parse_recipient, parse_sender
 from smtpd.content import Content, Fault
-from smtpd.session import Greeting, Session, SessionState
+from smtpd.session import Greeting, SessionState, SmtpSession
 from tests.content_model import model
 
 HOST = "relay.example"
@@ -146,7 +146,7 @@ def smtp_session(data: bytes) -> None:
 
 
 def _dialogue(pieces: list[bytes], *, trusted: bool) -> tuple[list[tuple[object, bytes]], bytes]:
-    session = Session(Greeting(HOST, MAX_SIZE), client(trusted=trusted))
+    session = SmtpSession(Greeting(HOST, MAX_SIZE), client(trusted=trusted))
     session.start()
     messages: list[tuple[object, bytes]] = []
     replies, text, envelope = session.replies(), b"", None
