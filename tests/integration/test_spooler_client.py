@@ -93,6 +93,33 @@ def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reception.spooler_client.RESTART_DELAY", 0.05)
 
 
+def test_requests_of_one_turn_of_the_loop_are_one_write() -> None:
+    reads = list[int]()
+
+    async def counting(channel: socket.socket) -> object:
+        loop, frames = asyncio.get_running_loop(), FrameDecoder()
+        with channel:
+            channel.setblocking(False)
+            await loop.sock_sendall(channel, STARTED)
+            while data := await loop.sock_recv(channel, 1 << 16):
+                requests = [StoreRequest(*values) for values in frames.feed(data)]
+                reads.append(len(requests))
+                results = [(request.number, None) for request in requests]
+                await loop.sock_sendall(channel, frame(SpoolerReply(results, {}, 0, 0.0, Lag())))
+        return 0
+
+    async def run() -> None:
+        client = ClientHarness(counting)
+        await client.spooler.start()
+        for _ in range(16):
+            client.store()
+        assert await client.wait_for(16) == [None] * 16
+        await client.spooler.close(10)
+
+    asyncio.run(run())
+    assert reads == [16]
+
+
 def test_start_raises_if_the_first_spooler_cannot_start() -> None:
     async def run() -> None:
         with pytest.raises(SpoolerError, match="no process to spare"):
