@@ -120,7 +120,11 @@ def _is_proxy_network(text: str) -> bool:
     """`connected` would trust the header of every client that comes through a published port."""
     if text == "connected":
         raise ValueError("'connected' names no proxy: write its address, or its network")
-    return bool(parse_network(text))
+    if not parse_network(text).prefixlen:
+        raise ValueError(
+            f"{text!r}: every peer could claim any address: write those of the proxies"
+        )
+    return True
 
 
 def _is_broker(text: str) -> bool:
@@ -266,6 +270,7 @@ class Settings(BaseSettings):
     spool_dir: AbsolutePath = Field(default_factory=lambda data: data["state_dir"] / "spool")
     qmqp_servers: Texts = ()
     routes: Path | None = None
+    webhooks: Path | None = None
     hostname: Hostname = Field(default_factory=socket.gethostname, validate_default=True)
 
     batch_size: Count = 64
@@ -347,6 +352,11 @@ class SmtpdSettings(Settings):
                     f"RELAY_SMTP_LISTEN: {listener} needs a certificate: set RELAY_TLS_CERTIFICATE"
                     " and RELAY_TLS_KEY"
                 )
+            if listener.auth and not (self.tls_certificate or self.auth_plaintext_networks):
+                raise ValueError(
+                    f"RELAY_SMTP_LISTEN: no client can log in at {listener}: set"
+                    " RELAY_TLS_CERTIFICATE, or RELAY_AUTH_PLAINTEXT_NETWORKS"
+                )
             if listener.proxy and not self.proxy_networks:
                 raise ValueError(
                     f"RELAY_{name}_LISTEN: {listener} closes every connection: name the proxies in"
@@ -405,8 +415,8 @@ def load[Role: Settings](role: type[Role], **overrides: Any) -> Role:
     """Read the settings of a role from the environment; raises SettingsError, a line for each bad
     variable.
 
-    The settings of the other roles and the file of routes are validated too: settings that one
-    process refuses must not pass in another, or half of a relay would run.
+    The settings of the other roles, the file of routes and that of webhooks are validated too:
+    settings that one process refuses must not pass in another, or half of a relay would run.
     """
     from relay.routes import Routes  # which imports this module
 
@@ -420,6 +430,10 @@ def load[Role: Settings](role: type[Role], **overrides: Any) -> Role:
     if lines:
         raise SettingsError("\n".join(lines))
     Routes.load(loaded[role])
+    if loaded[role].webhooks:
+        from relay.events.webhooks import load_webhooks  # which needs more than most commands do
+
+        load_webhooks(loaded[role])
     return cast(Role, loaded[role])
 
 
