@@ -2,9 +2,10 @@
 
 The script of the page reads the stream, loads the page again on an event, and replaces its content;
 so a live page shows what a reload shows. A stream ends when its session does, and when the server
-stops. What must stay true: a stream reads nothing that the overview has not kept; streams are
-limited, so that they leave connections for pages, and they occupy one
-thread together while the overview is read.
+stops.
+
+What must stay true: streams are limited, so that they leave connections for pages, and together
+they occupy one thread while the overview is read.
 """
 
 import asyncio
