@@ -210,7 +210,8 @@ def _notifiers(
     if not webhooks and not hooked:
         return ()
     subscriptions = Subscriptions(engine)
-    wanted = [each.subscription for each in (*webhooks, *hooked)]
+    wanted = [webhook.subscription for webhook in webhooks]
+    wanted += [receiver.subscription for receiver in hooked]
     retry_until_available(lambda: subscriptions.register(wanted))
     return (
         Notifier(
