@@ -3,9 +3,9 @@ id, and the events of a message arrive in their order.
 
 Clients send all the time, and a server replies after a moment, so that a killed worker leaves
 transfers of every phase. The webhook of the test takes a moment too, so that a kill also hits
-events that are claimed, posted, and not recorded. A receiver that never replies costs mail nothing.
-In the end the table of events is compared with
-what became of mail, and what the receiver got with the table.
+events that are claimed, posted, and not recorded. In the end the table of events is compared with
+what became of mail, and what the receiver got with the table. A receiver that never replies costs
+mail nothing.
 """
 
 import os
