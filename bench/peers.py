@@ -223,7 +223,10 @@ def served(top: Path, peers: int) -> Iterator[PeerServer]:
     }
     command = (*services.RELAY, "smtpd")
     log = directory / "smtpd.log"
-    with running(command, log, lambda: listens(plain), env=environment, cwd=services.ROOT) as child:
+    ports = plain, tls, proxy
+    with running(
+        command, log, lambda: all(map(listens, ports)), env=environment, cwd=services.ROOT
+    ) as child:
         yield PeerServer(child.pid, directory, plain, tls, proxy, context)
     shutil.rmtree(directory)
 
