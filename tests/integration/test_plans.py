@@ -169,8 +169,8 @@ def test_claim_of_events_reads_only_what_it_looks_at(queue: QueueHarness) -> Non
     queue.change("ANALYZE")
     outbox = Outbox(queue.database)
     with server_reply(queue) as statements:
-        claimed, _ = outbox.claim("down", 16)
-        assert len(claimed) == 16
+        claimed, _ = outbox.claim("down", 4)
+        assert len(claimed) == 4
         outbox.finish("down", [FinishedEvent(one, Report.DONE) for one in claimed])
         assert outbox.claim("idle", 16) == ([], False)
     assert not (found := scans(queue, statements)), "\n".join(found)
