@@ -240,6 +240,13 @@ Broker = Annotated[
         " redis+socket:///path; in a password / # ? @ : % are spelt %2F %23 %3F %40 %3A %25",
     ),
 ]
+WebAddress = Annotated[
+    str,
+    _checked(
+        lambda text: not text or re.fullmatch(r"https?://[!-~]+", text),
+        "{!r} is not the address of the page: write https://relay.example.org/",
+    ),
+]
 AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
 
 
@@ -282,6 +289,7 @@ class Settings(BaseSettings):
     log_addresses: Literal["full", "redacted"] = "full"
     metrics_listen: ListensOrOff = ()
     web_listen: Listens = (("127.0.0.1", 8025),)
+    web_url: WebAddress = ""
     health_file: Path | None = None
     tls_certificate: AbsolutePath | None = None
     tls_key: AbsolutePath | None = None
