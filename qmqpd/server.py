@@ -22,6 +22,7 @@ DISCARD_LIMIT = 1 << 20
 REFUSED_LIMIT = 32
 """Connections that were not admitted and wait for their client to close. Further ones are closed at
 once, so that strangers hold no more descriptors; they may lose the reply, which is temporary."""
+_COMPLETE = (RequestState.ASKING, RequestState.AWAIT_REPLY)
 
 
 class QmqpConnection(MailConnection):
@@ -49,13 +50,17 @@ class QmqpConnection(MailConnection):
 
     def eof_received(self) -> bool:
         # The client may close its side behind the request, and read the reply.
-        self._half_closed = self.session.state is RequestState.AWAIT_REPLY
+        self._half_closed = self.session.state in _COMPLETE
         return self._half_closed
 
     def _open(self) -> None:
         settings = self._server.settings
         self.session = QmqpSession(
-            self.client, settings.hostname, self._server.max_size, settings.max_recipients
+            self.client,
+            settings.hostname,
+            self._server.max_size,
+            settings.max_recipients,
+            self._hooks.hooks if self._hooks is not None else (),
         )
 
     def _admit(self) -> str | None:

@@ -15,6 +15,8 @@ What must stay true: a message is complete only with the last comma of its reque
 client may close, and nothing is left.
 """
 
+from collections import deque
+from collections.abc import Collection, Iterator
 from enum import IntEnum
 
 from qmqp.netstring import NetstringError, SizeError, encode
@@ -29,7 +31,14 @@ from qmqp.reader import (
 from qmqp.request import MAX_ADDRESS
 from qmqpd.addresses import parse_recipient, parse_sender
 from reception.envelope import LOOP, TOO_BIG, Envelope, Recipient, Refused
-from reception.events import DataComplete, DataReceived, Event, MailStarted, Refusal
+from reception.events import (
+    DataComplete,
+    DataReceived,
+    Event,
+    HookQuestion,
+    MailStarted,
+    Refusal,
+)
 from reception.header import MAX_RECEIVED, HeaderScanner
 from reception.policy import ClientPolicy
 
@@ -43,16 +52,23 @@ class RequestState(IntEnum):
 
     HEADER = 0  # the lengths have not come
     CONTENT = 1  # the message, then the envelope
-    AWAIT_REPLY = 2  # the request has ended, its reply is due
-    CLOSED = 3
+    ASKING = 2  # the request has ended, and the plugins are asked about its envelope
+    AWAIT_REPLY = 3  # its reply is due
+    CLOSED = 4
 
 
 class QmqpSession:
     """The request of one client. `hostname` is the domain of addresses that have none; `max_size`
-    and `max_recipients` are the limits of a message."""
+    and `max_recipients` are the limits of a message. `hooks` are those that some plugin has: after
+    `HookQuestion` either `hook_agreed` or `hook_refused` is due."""
 
     def __init__(
-        self, client: ClientPolicy, hostname: str, max_size: int, max_recipients: int
+        self,
+        client: ClientPolicy,
+        hostname: str,
+        max_size: int,
+        max_recipients: int,
+        hooks: Collection[str] = (),
     ) -> None:
         self.client = client
         self.state = RequestState.HEADER
@@ -61,6 +77,8 @@ class QmqpSession:
         self._hostname = hostname
         self._reader = RequestReader(max_size, MAX_ADDRESS, max_recipients)
         self._header = HeaderScanner()
+        self._hooks = hooks
+        self._unasked: deque[HookQuestion] = deque()  # about the envelope
         self._reply = b""
         self._events: list[Event] = []
 
@@ -97,6 +115,32 @@ class QmqpSession:
             raise RuntimeError("no reply is due")
         self.close(reply)
         return []
+
+    def hook_agreed(self, rewritten: str | None = None) -> list[Event]:
+        """The plugins have nothing against a part of the envelope; `rewritten` takes the place of
+        the recipient."""
+        asked = self._end_question()
+        if rewritten is not None:
+            assert self.envelope is not None
+            self.envelope.recipients = [
+                one.rewritten(rewritten) if one.address == asked.subject else one
+                for one in self.envelope.recipients
+            ]
+        self._events = []
+        self._ask_next()
+        return self._events
+
+    def hook_refused(self, reply: str, *, closes: bool = False) -> list[Event]:
+        """A plugin refuses a part of the envelope, and so the request: it has one reply."""
+        self._end_question()
+        self._events = []
+        self._refuse(reply)
+        return self._events
+
+    def _end_question(self) -> HookQuestion:
+        if self.state is not RequestState.ASKING:
+            raise RuntimeError("no answer of the plugins is due")
+        return self._unasked.popleft()
 
     def close(self, *reply: str) -> None:
         """Ends the session with this reply in any state."""
@@ -145,8 +189,34 @@ class QmqpSession:
                 self.client.check_rate("recipients", self.envelope.sender)
                 accepted[recipient.mailbox] = recipient
         self.envelope.recipients = [*accepted.values()]
+        if self._hooks:
+            self.state = RequestState.ASKING
+            self._unasked.extend(self._questions(self.envelope))
+            self._ask_next()
+        else:
+            self._accept()
+
+    def _accept(self) -> None:
         self.state = RequestState.AWAIT_REPLY
         self._events.append(DataComplete(self._header.message_id))
+
+    def _questions(self, envelope: Envelope) -> Iterator[HookQuestion]:
+        """What the plugins are asked about an envelope. QMQP has no parameters."""
+        if "mail" in self._hooks:
+            yield HookQuestion("mail", envelope, envelope.sender)
+        if "rcpt" in self._hooks:
+            for recipient in envelope.recipients:
+                yield HookQuestion("rcpt", envelope, recipient.address)
+
+    def _ask_next(self) -> None:
+        if self._unasked:
+            self._events.append(self._unasked[0])
+            return
+        assert self.envelope is not None
+        # A plugin may have given two recipients one address.
+        different = {one.mailbox: one for one in self.envelope.recipients}
+        self.envelope.recipients = [*different.values()]
+        self._accept()
 
     def _refuse(self, reply: str) -> None:
         """Refuses the request. A client that reads only after it has written its whole request must

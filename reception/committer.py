@@ -20,8 +20,12 @@ from sqlalchemy import Engine
 
 from reception.replay import (
     MAX_ROWS,
+    MAX_ROWS_OCTETS,
+    SAME_TIME,
+    Backlog,
     Chunk,
     OpenSegment,
+    backlog,
     commit_chunk,
     read_chunk,
     seal,
@@ -40,6 +44,8 @@ from relay.spool.mark import SpoolMark
 log = get_logger(__name__)
 MAX_HELD = 4096
 """Messages in memory that wait for their rows. The others are read back from the journal."""
+MAX_HELD_OCTETS = 8 << 20
+"""Octets of the envelopes of these messages."""
 ADOPT_INTERVAL = 60.0  # seconds
 MARK_INTERVAL = 1.0  # seconds
 _RECENT = 3600.0
@@ -52,8 +58,8 @@ type Committed = Callable[[Sequence["WrittenBatch"], Ids, int, float], object]
 
 @dataclass(slots=True, eq=False)
 class WrittenBatch:
-    """A batch that is synced. `hints`: each message's id and routes; `size`: octets of the bodies;
-    `numbers`: the requests, which get their result when `replied` becomes true."""
+    """A batch that is synced. `hints`: each message's id and routes; `size`: octets of envelopes
+    and bodies; `numbers`: the requests, whose results may wait for the rows."""
 
     segment: str
     start: int
@@ -63,6 +69,11 @@ class WrittenBatch:
     size: int
     numbers: list[int] = field(default_factory=list)
     written: float = field(default_factory=time.monotonic)
+
+    @property
+    def in_memory(self) -> int:
+        """Octets of the envelopes, which wait in memory."""
+        return sum(len(message.rows) for message in self.messages)
 
 
 class JournalCommitter:
@@ -84,10 +95,12 @@ class JournalCommitter:
         self._directory, self._writer, self._local = directory, writer, local
         self._changed = threading.Condition()
         self._segments: dict[str, OpenSegment] = {}
+        self._damages = 0  # parts of segments that did not verify
+        self._backlog = Backlog()  # of earlier spoolers, until their segments are adopted
         self._chunk: Chunk | None = None  # what is being committed
         self._others_turn = False
         self._held: deque[WrittenBatch] = deque()
-        self._held_messages = 0
+        self._held_messages = self._held_octets = 0
         self._unreplied: deque[WrittenBatch] = deque()
         self._behind = False  # a reply waited in vain; no reply waits until all rows are made
         self._oldest = time.monotonic()  # about when the oldest message without a row arrived
@@ -112,9 +125,11 @@ class JournalCommitter:
     def lag(self) -> Lag:
         """What has no rows yet."""
         with self._changed:
-            messages = sum(segment.pending for segment in self._segments.values())
-            octets = sum(segment.pending_octets for segment in self._segments.values())
-            return Lag(messages, octets, time.monotonic() - self._oldest if messages else 0.0)
+            messages, octets, _ = self._backlog
+            messages += sum(segment.pending for segment in self._segments.values())
+            octets += sum(segment.pending_octets for segment in self._segments.values())
+            seconds = time.monotonic() - self._oldest if messages else 0.0
+            return Lag(messages, octets, seconds, self._damages)
 
     def put(self, batch: WrittenBatch, *, wait: bool) -> bool:
         """Takes a batch that was written. `wait`: whether its reply shall wait for the rows; False
@@ -128,13 +143,17 @@ class JournalCommitter:
                 name = batch.segment + OWNED
                 segment = OpenSegment(batch.segment, name, file, batch.start, batch.start)
                 self._segments[batch.segment] = segment
-            if not any(one.pending for one in self._segments.values()):
+            waiting = self._backlog.messages or any(s.pending for s in self._segments.values())
+            if not waiting:
                 self._oldest, self._behind = batch.written, False
             segment.end = batch.end
-            segment.add([queue_id for queue_id, _ in batch.hints], batch.size)
-            if self._held_messages < MAX_HELD:
+            bodies = sum(message.position is not None for message in batch.messages)
+            segment.add([queue_id for queue_id, _ in batch.hints], bodies, batch.size)
+            octets = batch.in_memory
+            if self._held_messages < MAX_HELD and self._held_octets + octets <= MAX_HELD_OCTETS:
                 self._held.append(batch)
                 self._held_messages += len(batch.messages)
+                self._held_octets += octets
             waits = wait and not self._behind
             if waits:
                 self._unreplied.append(batch)
@@ -177,6 +196,7 @@ class JournalCommitter:
             self._release(segment)
 
     def _run(self) -> None:
+        self._count_backlog()
         pause = _PAUSE
         while True:
             try:
@@ -193,6 +213,18 @@ class JournalCommitter:
                         return
                     self._changed.wait_for(lambda: self._closing, pause)
                 pause = min(pause * 2, _LONGEST_PAUSE)
+
+    def _count_backlog(self) -> None:
+        """What earlier spoolers left counts, also while no database says what has its rows."""
+        try:
+            found = backlog(self._directory, local=self._local)
+        except OSError as error:
+            log.error("backlog not counted", reason=str(error))
+            return
+        with self._changed:
+            self._backlog = found
+            if found.messages:
+                self._oldest = time.monotonic() - found.seconds
 
     def _turn(self) -> bool:
         """One transaction, or one wait; False at the end. Raises the database's errors."""
@@ -255,17 +287,26 @@ class JournalCommitter:
         return segment.committed < segment.end and segment.unreadable_until <= time.monotonic()
 
     def _from_memory(self, segment: OpenSegment) -> Chunk:
+        """The first batches in memory. The caller has seen that there is one."""
         batches: list[WrittenBatch] = []
-        end, count = segment.committed, 0
+        end, count, octets = segment.committed, 0, 0
+        arrived = self._held[0].written
         while self._held:
             head = self._held[0]
+            size = head.in_memory
             if (head.segment, head.start) != (segment.id, end) or (
-                batches and count + len(head.messages) > MAX_ROWS
+                batches
+                and (
+                    count + len(head.messages) > MAX_ROWS
+                    or octets + size > MAX_ROWS_OCTETS
+                    or head.written - arrived > SAME_TIME
+                )
             ):
                 break
             batches.append(self._held.popleft())
-            end, count = head.end, count + len(head.messages)
+            end, count, octets = head.end, count + len(head.messages), octets + size
         self._held_messages -= count
+        self._held_octets -= octets
         return Chunk(
             segment,
             segment.committed,
@@ -273,7 +314,7 @@ class JournalCommitter:
             [message for batch in batches for message in batch.messages],
             [hint for batch in batches for hint in batch.hints],
             sum(batch.size for batch in batches),
-            max(0.0, time.monotonic() - batches[0].written),
+            arrived,
         )
 
     # Making rows
@@ -302,10 +343,11 @@ class JournalCommitter:
         """The rows of a chunk are made; the batches whose replies waited for that."""
         with self._changed:
             segment.committed = chunk.end
+            self._damages += chunk.damages
             segment.pending -= len(chunk.messages)
             segment.pending_octets -= chunk.size
             if chunk.age < _RECENT:
-                self._oldest = time.monotonic() - chunk.age
+                self._oldest = chunk.arrived
             replies = []
             while self._unreplied:
                 head = self._unreplied[0]
@@ -331,6 +373,7 @@ class JournalCommitter:
             del self._segments[segment.id]
             self._held = deque(batch for batch in self._held if batch.segment != segment.id)
             self._held_messages = sum(len(batch.messages) for batch in self._held)
+            self._held_octets = sum(batch.in_memory for batch in self._held)
         if segment.ours:
             self._writer.close_segment(segment.id)
         else:
@@ -354,6 +397,8 @@ class JournalCommitter:
                 name = one.header.segment + ADOPTED
                 log.error("segment unreadable", name=name, reason=str(error))
                 one.file.close()
+        with self._changed:
+            self._backlog = Backlog()
 
     def _take_over(self, adopted: AdoptedSegment, void_from: float) -> None:
         header, file = adopted.header, adopted.file

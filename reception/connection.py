@@ -15,16 +15,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol, cast
 
+from plugins.runner import Verdict
+from qmqp_relay import Address, Deny, DenySoft, RewritableAddress, Session
 from reception.envelope import Envelope
 from reception.events import (
     CredentialsReceived,
     DataComplete,
     DataReceived,
     Event,
+    HookQuestion,
     MailStarted,
     Refusal,
     TlsRequested,
+    TransactionEnded,
 )
+from reception.hooks import ConnectionHooks
 from reception.login import Credentials
 from reception.policy import ClientPolicy
 from reception.receiver import MAX_BUFFERED, Reception
@@ -64,6 +69,12 @@ class DoorSession(Protocol):
     def reply(self, reply: str) -> list[Event]:
         """Replies to the message after `DataComplete`."""
 
+    def hook_agreed(self, rewritten: str | None = None) -> list[Event]:
+        """Continues after `HookQuestion`; `rewritten` takes the place of the recipient."""
+
+    def hook_refused(self, reply: str, *, closes: bool = False) -> list[Event]:
+        """Refuses what `HookQuestion` was about; `closes`: the session ends."""
+
     def close(self, *reply: str) -> None:
         """Ends the session with this reply in any state."""
 
@@ -87,6 +98,7 @@ class MailConnection(asyncio.Protocol, ABC):
         self.reading_paused = False
         self.deadline = 0.0  # of the client's silence, or of the last reply (monotonic)
         self._admitted: ClientPolicy | None = None
+        self._hooks: ConnectionHooks | None = None  # None without plugins
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport = cast(asyncio.Transport, transport)
@@ -95,6 +107,9 @@ class MailConnection(asyncio.Protocol, ABC):
         self.client = self._door.policy.client(self._proxied or (peer[0] if peer else "::"))
         self._server.add(self, self._door)
         self._extend()
+        if self._server.hooks is not None:
+            public = Session(self._door.name, self.client.address, self.client.trusted)
+            self._hooks = ConnectionHooks(self._server.hooks, public, self._hooks_idle)
         self._open()
         log.debug("connection", client=self.client.address)
         if not peer:
@@ -107,11 +122,18 @@ class MailConnection(asyncio.Protocol, ABC):
             self._refuse(refusal, silently=self._listener.tls)
             return
         self._admitted = self.client
-        self._start()
+        if self._hooks is not None and "connect" in self._hooks.hooks:
+            self.reading_paused = True
+            self.transport.pause_reading()
+            self._hooks.ask("connect", self._connected, session=self._hooks.session)
+        else:
+            self._start()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.session.close()
         self._cancel()
+        if self._hooks is not None:
+            self._hooks.close()
         self._server.remove(self, self._door, self._admitted)
 
     def check_deadlines(self, now: float) -> None:
@@ -119,6 +141,8 @@ class MailConnection(asyncio.Protocol, ABC):
         if self.session.closed:
             if now > self.deadline:
                 self.transport.abort()
+        elif self._hooks is not None and self._hooks.busy:
+            pass  # a hook has its own time limit
         elif self.reception is not None and self.reception.deadline is not None:
             if now > self.reception.deadline:
                 self.reception.expire()
@@ -201,12 +225,19 @@ class MailConnection(asyncio.Protocol, ABC):
     def _handle(self, events: Sequence[Event]) -> None:
         """Acts on the session's events, then sends its replies."""
         session = self.session
+        if self._hooks is not None:
+            self._describe(self._hooks.session)
         for event in events:
             match event:
                 case MailStarted():
                     receiver = self._server.receiver
                     self.reception = Reception(
-                        receiver, event.envelope, session.client, self._reply, self._throttle
+                        receiver,
+                        event.envelope,
+                        session.client,
+                        self._reply,
+                        self._throttle,
+                        self._hooks,
                     )
                     self.restart_rate(time.monotonic())
                 case DataReceived() if self.reception is not None:
@@ -219,8 +250,14 @@ class MailConnection(asyncio.Protocol, ABC):
                     self._begin_handshake()
                 case CredentialsReceived(credentials):
                     self._authenticate(credentials)
+                case HookQuestion() if self._hooks is not None:
+                    self._ask(event, self._hooks)
+                case TransactionEnded() if self._hooks is not None:
+                    self._hooks.end_transaction()
                 case Refusal(reply):
                     self._cancel()
+                    if self._hooks is not None:
+                        self._hooks.tell("deny", session=self._hooks.session, reply=reply)
                     metrics.refused(reply, self._door.name)
                     log.info(
                         "refused",
@@ -252,7 +289,77 @@ class MailConnection(asyncio.Protocol, ABC):
             metrics.refused(reply, self._door.name)
         self.reception = None
         self._extend()
+        if self._hooks is not None:
+            self._hooks.end_message(reply)
+            if self._hooks.ends_session:
+                self.session.close(reply)
+                self._handle([])
+                return
         self._handle(self.session.reply(reply))
+
+    # Questions to the plugins
+
+    def _ask(self, question: HookQuestion, hooks: ConnectionHooks) -> None:
+        """Asks the plugins about a command."""
+        hook, envelope = question.hook, question.envelope
+        if envelope is None:
+            arguments = {"session": hooks.session, "name": question.subject}
+            hooks.ask(hook, self._answered, **arguments)
+            return
+        transaction = hooks.transaction(envelope)
+        if hook == "rcpt":
+            recipient = RewritableAddress(question.subject)
+            hooks.ask(
+                hook,
+                lambda verdict: self._answered(verdict, recipient),
+                transaction=transaction,
+                recipient=recipient,
+                parameters=question.parameters,
+            )
+        elif hook == "mail":
+            hooks.ask(
+                hook,
+                self._answered,
+                transaction=transaction,
+                sender=Address(question.subject),
+                parameters=question.parameters,
+            )
+        else:
+            hooks.ask(hook, self._answered, transaction=transaction)
+
+    def _describe(self, public: Session) -> None:
+        """Tells the public session what is known by now."""
+        public.trusted = self.session.client.trusted
+
+    def _connected(self, verdict: Verdict | None) -> None:
+        """The plugins have answered whether the client may connect."""
+        if self.session.closed:
+            return
+        self._extend()
+        self.reading_paused = False
+        self.transport.resume_reading()
+        if verdict is not None and isinstance(verdict.answer, Deny | DenySoft):
+            self._refuse(verdict.answer.reply, silently=self._listener.tls)
+        else:
+            self._start()
+
+    def _answered(
+        self, verdict: Verdict | None, recipient: RewritableAddress | None = None
+    ) -> None:
+        """The plugins have answered what the session had asked."""
+        if self.session.closed:
+            return
+        self._extend()
+        if verdict is not None and isinstance(verdict.answer, Deny | DenySoft):
+            answer = verdict.answer
+            self._handle(self.session.hook_refused(answer.reply, closes=answer.disconnect))
+        else:
+            rewritten = recipient.rewritten if recipient is not None else None
+            self._handle(self.session.hook_agreed(rewritten))
+
+    def _hooks_idle(self) -> None:
+        """The plugins are not asked or told anything any more."""
+        self._extend()
 
     def _refuse(self, reply: str, *, silently: bool = False) -> None:
         """Closes the connection with a reply, or without one where the client expects TLS."""

@@ -4,6 +4,7 @@ A front end parses its protocol into these classes, `policy` decides about them,
 stores them.
 """
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,14 @@ from typing import NamedTuple
 TOO_BIG = "552 5.3.4 Message exceeds the size limit"
 LOOP = "554 5.4.6 Too many hops, this mail is looping"
 ASCII_ONLY = "553 5.6.7 Only ASCII addresses are accepted here"
+
+
+_DOT_ATOM = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(?:\.[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*")
+
+
+def _quoted(local: str) -> str:
+    """A local part as SMTP writes it if it is no dot-atom (RFC 5321, 4.1.2)."""
+    return '"' + re.sub(r'([\\"])', r"\\\1", local) + '"'
 
 
 class Refused(Exception):
@@ -50,6 +59,18 @@ class Recipient:
         """Equal for two recipients that are the same mailbox: only the local part is case-sensitive
         (RFC 5321, 2.4)."""
         return self.address[: -len(self.domain)] + self.domain.lower()
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """The parameters of RCPT by name."""
+        sent = {"NOTIFY": self.notify, "ORCPT": self.orcpt}
+        return {name: value for name, value in sent.items() if value is not None}
+
+    def rewritten(self, address: str) -> "Recipient":
+        """This recipient with another address, which is `local@domain` without quoting."""
+        local, _, domain = address.rpartition("@")
+        path = address if _DOT_ATOM.fullmatch(local) else f"{_quoted(local)}@{domain}"
+        return replace(self, address=address, path=path, domain=domain)
 
     def merge(self, repeat: "Recipient") -> "Recipient":
         """This recipient after the client has named it again.

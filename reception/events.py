@@ -5,7 +5,8 @@ it acts on them: `MailStarted` begins a reception, `DataReceived` appends to it,
 it, and its reply goes back to the session.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from reception.envelope import Envelope
 from reception.login import Credentials
@@ -52,6 +53,30 @@ class CredentialsReceived:
     credentials: Credentials
 
 
+@dataclass(frozen=True, slots=True)
+class HookQuestion:
+    """The plugins decide about a command: `hook_agreed` or `hook_refused` is due. `envelope` is
+    that of the transaction (None outside of one); `subject` is the name, the sender or the
+    recipient that the command has."""
+
+    hook: str
+    envelope: Envelope | None
+    subject: str = ""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TransactionEnded:
+    """A transaction has ended without a message. It is an event only if a plugin wants to know."""
+
+
 type Event = (
-    MailStarted | DataReceived | DataComplete | Refusal | TlsRequested | CredentialsReceived
+    MailStarted
+    | DataReceived
+    | DataComplete
+    | Refusal
+    | TlsRequested
+    | CredentialsReceived
+    | HookQuestion
+    | TransactionEnded
 )

@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
+from qmqp_relay.content import MessageContent
 from reception.envelope import Envelope
+from reception.hooks import ConnectionHooks, Decision
 from reception.policy import ClientPolicy
 from reception.spooler_client import SpoolerClient
 from reception.spooler_protocol import StoreFault
@@ -31,6 +33,7 @@ from relay.ids import new_id
 from relay.log import first_line, get_logger, named
 from relay.queue.accept import NewMessage, NewRecipient, encode
 from relay.settings import SmtpdSettings
+from relay.spool.journal.format import MAX_ENVELOPE
 from relay.spool.store import BodyWriter, Spool
 
 BLOCK = 64 * 1024
@@ -39,6 +42,7 @@ MAX_BUFFERED = 8 * BLOCK
 """Octets of one message in memory above which its connection stops reading."""
 THREADS = 8  # for large messages and for removing bodies
 
+_TOO_MANY = "552 5.5.3 Too many recipients"
 _LOCAL_FAULT = "451 4.3.0 Cannot take the message now, try again later"
 
 log = get_logger(__name__)
@@ -101,7 +105,8 @@ class Reception:
 
     `reply` is called once after `complete`, unless `cancel` came first: with the text of the reply,
     or with None to close the connection without one. `on_backpressure` is called when `in_memory`
-    has fallen.
+    has fallen. `hooks` are those of the connection, if there are plugins: they see the message when
+    it is complete, before anything of it is in the journal.
     """
 
     def __init__(
@@ -111,6 +116,7 @@ class Reception:
         client: ClientPolicy,
         reply: Callable[[str | None], None],
         on_backpressure: Callable[[], None],
+        hooks: ConnectionHooks | None = None,
     ) -> None:
         self.id = new_id()
         self.deadline: float | None = None  # of the reply (monotonic), after `complete`
@@ -135,6 +141,10 @@ class Reception:
         self._rows = b""  # as the file of a large message has them
         self._header_message_id: str | None = None
         self._request = 0  # the number of the request to the spooler
+        self._hooks = hooks
+        self._decision: Decision | None = None  # of the plugins
+        self._whole = False  # the message has ended
+        self._asking: asyncio.Task[None] | None = None  # the plugins about a small message
 
     def append(self, text: bytes) -> None:
         """Takes decoded content."""
@@ -153,10 +163,24 @@ class Reception:
     def complete(self, header_message_id: str | None) -> None:
         """The message has ended, so a reply is due. `header_message_id` is None without one."""
         self._ended = time.monotonic()
-        self.deadline = self._ended + self._receiver.settings.accept_deadline
         self._header_message_id = header_message_id
+        self._whole = True
+        if self._hooks is None or self.error is not None:
+            self._finish(self._ended)
+        elif self._stream is not None:
+            self._changed.set()
+        else:
+            self._asking = asyncio.create_task(self._ask_about_small(self._hooks))
+
+    def _finish(self, now: float) -> None:
+        """Has the message stored."""
+        self.deadline = now + self._receiver.settings.accept_deadline
+        decision = self._decision
+        route_for = self._receiver.route_for
+        if decision is not None and decision.route is not None:
+            route_for = decision.route_for
         self._recipients = [
-            NewRecipient(one.address, one.notify, one.orcpt, self._receiver.route_for(one.address))
+            NewRecipient(one.address, one.notify, one.orcpt, route_for(one.address))
             for one in self._envelope.recipients
         ]
         if self.error is not None:
@@ -211,18 +235,22 @@ class Reception:
                         break
                     await self._write_blocks()
                     self._on_backpressure()
+                    if self._hooks is not None and await self._is_settled(self._hooks):
+                        break
             except Exception as error:
                 self._stop(error)
-            if self.error is not None:
+            if self.error is not None or not self._size:
                 self._discard()
-        if self.error is None:
+        if self.error is None and self._decision is not None and self._decision.reply:
+            self._send(self._decision.reply)
+        elif self.error is None:
             self._spool(None)
         elif self.deadline is not None:
             self._refuse(self.error)
         self._on_backpressure()
 
     async def _write_blocks(self) -> None:
-        finish = self.deadline is not None
+        finish = self.deadline is not None  # and the plugins, if there are any, have seen it
         blocks = self._blocks
         self._blocks = []
         size = sum(map(len, blocks))
@@ -238,6 +266,39 @@ class Reception:
         self._size = await self._receiver.threads.run(write)
         self._claim.store(size)
         self.in_memory = max(0, self.in_memory - size)
+
+    async def _is_settled(self, hooks: ConnectionHooks) -> bool:
+        """Asks the plugins about a large message when all of it is in its file; whether they have
+        refused or taken it."""
+        if not self._whole or self.deadline is not None or self._blocks or self._body is None:
+            return False
+        content = MessageContent(self._body.read, self._body.size, self._receiver.threads.run)
+        return not await self._may_store(hooks, content)
+
+    async def _ask_about_small(self, hooks: ConnectionHooks) -> None:
+        """Asks the plugins about a message that is in memory, and has it stored if they agree."""
+        self._separate()
+        body = b"".join(self._blocks)
+        self._blocks = [body]
+        content = MessageContent(lambda size, offset: body[offset : offset + size], len(body))
+        try:
+            if not await self._may_store(hooks, content):
+                self._claim.end()
+                self._send(self._decision.reply if self._decision is not None else None)
+        except ConnectionError:
+            self._claim.end()  # `cancel` has done everything else
+
+    async def _may_store(self, hooks: ConnectionHooks, content: MessageContent) -> bool:
+        """Asks the plugins about the message, and begins to store it unless they have refused or
+        taken it. Raises ConnectionError if the client has gone."""
+        decision = await hooks.decide(self._envelope, self.id, content)
+        if self.error is not None:
+            raise self.error
+        self._decision = decision
+        if decision.reply:
+            return False
+        self._finish(time.monotonic())
+        return True
 
     def _separate(self) -> None:
         """Keeps the trace field and the client's header apart, before the first bytes are written.
@@ -264,12 +325,21 @@ class Reception:
             client_trusted=self._client.trusted,
             tls=envelope.tls,
         )
+        if self._decision is not None:
+            message = message._replace(
+                prefix=self._decision.prefix or None, hold_reason=self._decision.hold_reason
+            )
         return encode(message, delay_warning=self._receiver.settings.delay_warning)
 
     def _spool(self, body: list[bytes] | None) -> None:
         """Has the spooler store the message; `body` is None if its file is synced."""
         self._blocks = []
         rows = self._rows or self._encode(self._size)
+        if len(rows) > MAX_ENVELOPE:
+            self._discard()
+            self._log_fault(f"an envelope of {len(rows)} octets")
+            self._send(_TOO_MANY)
+            return
         routes = tuple(dict.fromkeys(recipient.route for recipient in self._recipients))
         self._request = self._receiver.spooler.store(
             self.id, rows, routes, self._size, body, self._spooled

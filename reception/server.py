@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from reception.authentication import Authenticator
 from reception.envelope import Refused
+from reception.hooks import HookHost
 from reception.listeners import SystemdSockets
 from reception.policy import ClientPolicy, Policy
 from reception.proxy import ProxyConnection, ProxyNetworks
@@ -78,6 +79,7 @@ class FrontEnd:
     authenticator: Authenticator
     last_descriptor: float = math.inf
     certificate: CertificatePair | None = None
+    hooks: HookHost | None = None  # None without plugins
     connections: "set[MailConnection]" = field(default_factory=set)
     sessions: Counter[str] = field(default_factory=Counter)  # connections by the name of their door
     clients: Counter[str] = field(default_factory=Counter)  # admitted connections by network

@@ -78,7 +78,8 @@ class SpoolerClient(asyncio.Protocol):
         self._pending: dict[int, _PendingRequest] = {}
         self._unsent: dict[int, bytes] = {}  # frames of those that no spooler has
         self.transport: asyncio.Transport | None = None
-        self._writable = False  # the spooler has started and reads
+        self._ready = False  # the spooler has started
+        self._paused = False  # it does not read
         self._decoder = FrameDecoder()
         self._disconnected = asyncio.Event()
         self._process: asyncio.Task[object] | None = None
@@ -140,11 +141,14 @@ class SpoolerClient(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         for values in self._decoder.feed(data):
             reply = SpoolerReply(*values)
-            self.lag = Lag(*reply.lag)
+            lag = Lag(*reply.lag)
+            metrics.JOURNAL_DAMAGES.inc(max(0, lag.damages - self.lag.damages))
+            self.lag = lag
             if not self._started.done():  # the first reply
                 self._started.set_result(None)
-            if not self._writable:
-                self.resume_writing()
+            if not self._ready:
+                self._ready = True
+                self._send()
             for number, fault in reply.results:
                 self._resolve(number, StoreFault(*fault) if fault else None)
             if reply.messages:
@@ -153,21 +157,22 @@ class SpoolerClient(asyncio.Protocol):
                 self._on_committed(ids, route)
 
     def pause_writing(self) -> None:
-        self._writable = False
+        self._paused = True
 
     def resume_writing(self) -> None:
-        self._writable = True
+        self._paused = False
         self._send()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.transport = None
-        self._writable = False
+        self._ready = self._paused = False
+        self.lag = self.lag._replace(damages=0)
         for number in [number for number in self._pending if number not in self._unsent]:
             self._resolve(number, StoreFault("the spooler has died", unknown=True))
         self._disconnected.set()
 
     def _send(self) -> None:
-        while self._unsent and self._writable and self.transport is not None:
+        while self._unsent and self._ready and not self._paused and self.transport is not None:
             self.transport.write(self._unsent.pop(next(iter(self._unsent))))
 
     def _resolve(self, number: int, result: StoreFault | None) -> None:

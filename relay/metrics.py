@@ -74,12 +74,23 @@ GROUP_COMMIT_SECONDS = Histogram(
 JOURNAL_LAG_MESSAGES = Gauge(
     "relay_journal_lag_messages", "accepted messages in the journal that have no rows yet"
 )
-JOURNAL_LAG_BYTES = Gauge("relay_journal_lag_bytes", "bytes of their bodies")
+JOURNAL_LAG_BYTES = Gauge("relay_journal_lag_bytes", "bytes of their envelopes and bodies")
 JOURNAL_LAG_SECONDS = Gauge("relay_journal_lag_seconds", "age of the oldest of them")
+JOURNAL_DAMAGES = Counter(
+    "relay_journal_damages", "parts of segments that did not verify when rows were made from them"
+)
 RATE_LIMITED = Counter(
     "relay_rate_limited",
     "messages, recipients and connections refused by RELAY_RATE_LIMITS",
     ["subject", "what"],
+)
+HOOK_CALLS = Counter(
+    "relay_hook_calls",
+    "calls of hooks of plugins, by the answer; or late, or failed",
+    ["plugin", "hook", "answer"],
+)
+HOOK_SECONDS = Histogram(
+    "relay_hook_seconds", "how long a hook took", ["plugin", "hook"], buckets=_QUICK
 )
 PROXY_REFUSALS = Counter(
     "relay_proxy_refusals", "connections to a /proxy listener without a header from a proxy"
@@ -124,6 +135,7 @@ CIRCUIT_OPEN = Gauge(
 
 attempts, hints, sessions = cache(ATTEMPTS.labels), cache(HINTS.labels), cache(SESSIONS.labels)
 outcomes = cache(OUTCOMES.labels)
+_hook_calls, _hook_seconds = cache(HOOK_CALLS.labels), cache(HOOK_SECONDS.labels)
 
 
 @cache
@@ -136,6 +148,12 @@ def group_commit(writer: str) -> Callable[[int, float], None]:
         seconds.observe(took)
 
     return observe
+
+
+def hook_called(plugin: str, hook: str, answer: str, seconds: float) -> None:
+    """Count a call of a plugin's hook."""
+    _hook_calls(plugin, hook, answer).inc()
+    _hook_seconds(plugin, hook).observe(seconds)
 
 
 def refused(reply: str, door: str = "smtp") -> None:

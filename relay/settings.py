@@ -26,6 +26,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from relay.listeners import Listener, parse_listen, parse_listener
+from relay.plugin_entries import PluginEntry, parse_plugins
 from relay.rate_limits import RateLimit, parse_rate_limit
 
 type Network = IPv4Network | IPv6Network
@@ -119,7 +120,11 @@ def _is_proxy_network(text: str) -> bool:
     """`connected` would trust the header of every client that comes through a published port."""
     if text == "connected":
         raise ValueError("'connected' names no proxy: write its address, or its network")
-    return bool(parse_network(text))
+    if not parse_network(text).prefixlen:
+        raise ValueError(
+            f"{text!r}: every peer could claim any address: write those of the proxies"
+        )
+    return True
 
 
 def _is_broker(text: str) -> bool:
@@ -247,6 +252,11 @@ WebAddress = Annotated[
         "{!r} is not the address of the page: write https://relay.example.org/",
     ),
 ]
+PluginEntries = Annotated[
+    tuple[PluginEntry, ...],
+    NoDecode,
+    from_text(lambda text: parse_plugins(text, seconds)),
+]
 AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
 
 
@@ -283,6 +293,8 @@ class Settings(BaseSettings):
         "not configured to accept that recipient",
         "not allowed to use this mail server",
     )
+
+    plugins: PluginEntries = ()
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "console"] = "auto"
@@ -346,6 +358,11 @@ class SmtpdSettings(Settings):
                 raise ValueError(
                     f"RELAY_SMTP_LISTEN: {listener} needs a certificate: set RELAY_TLS_CERTIFICATE"
                     " and RELAY_TLS_KEY"
+                )
+            if listener.auth and not (self.tls_certificate or self.auth_plaintext_networks):
+                raise ValueError(
+                    f"RELAY_SMTP_LISTEN: no client can log in at {listener}: set"
+                    " RELAY_TLS_CERTIFICATE, or RELAY_AUTH_PLAINTEXT_NETWORKS"
                 )
             if listener.proxy and not self.proxy_networks:
                 raise ValueError(
@@ -435,7 +452,8 @@ def _line(detail: Mapping[str, Any]) -> str:
     value = detail["input"]
     if len(detail["loc"]) > 1:  # one of several values
         value = os.environ.get(name, value)
-    return f"{name}{'' if 'URL' in name else f' = {value!r}'}: {reason(detail)}"
+    secret = "URL" in name or name == "RELAY_PLUGINS"  # whose arguments may be passwords
+    return f"{name}{'' if secret else f' = {value!r}'}: {reason(detail)}"
 
 
 def unauthorized_pattern(settings: Settings) -> re.Pattern[str]:

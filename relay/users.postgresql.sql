@@ -8,6 +8,14 @@ ON CONFLICT DO NOTHING;
 -- name: set_password
 UPDATE users SET password_hash = :password_hash WHERE name = :user;
 
+-- name: change
+-- A parameter that is NULL changes nothing, and a limit of 0 is none.
+UPDATE users SET role = coalesce(CAST(:role AS text), role),
+    senders = coalesce(CAST(:senders AS text), senders),
+    messages_per_minute =
+        nullif(coalesce(CAST(:messages_per_minute AS integer), messages_per_minute), 0)
+WHERE name = :user;
+
 -- name: disable
 UPDATE users SET disabled_at = now() WHERE name = :user AND disabled_at IS NULL;
 

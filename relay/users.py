@@ -93,10 +93,8 @@ class Users:
     ) -> bool:
         """Add a user; False if there is one of that name."""
         senders = list(senders)
-        shown = [f"--role {role}", *(f"--sender {pattern}" for pattern in senders)]
-        if messages_per_minute is not None:
-            shown.append(f"--messages-per-minute {messages_per_minute}")
-        entry = AuditEntry(self._engine, actor, f"user add {name}", reason, " ".join(shown))
+        shown = _options(role, senders, messages_per_minute)
+        entry = AuditEntry(self._engine, actor, f"user add {name}", reason, shown)
         return self._change(
             entry,
             "add",
@@ -104,6 +102,30 @@ class Users:
             password_hash=password_hash,
             role=role,
             senders=json.dumps(senders),
+            messages_per_minute=messages_per_minute,
+        )
+
+    def change(
+        self,
+        name: str,
+        *,
+        role: Role | None = None,
+        senders: Iterable[str] = (),
+        messages_per_minute: int | None = None,
+        actor: str,
+        reason: str = "",
+    ) -> bool:
+        """Change what a user may do; False if there is no such user. None and no senders keep what
+        it has, and a limit of 0 ends its limit."""
+        senders = list(senders)
+        shown = _options(role, senders, messages_per_minute)
+        entry = AuditEntry(self._engine, actor, f"user set {name}", reason, shown)
+        return self._change(
+            entry,
+            "change",
+            user=name,
+            role=role,
+            senders=json.dumps(senders) if senders else None,
             messages_per_minute=messages_per_minute,
         )
 
@@ -156,3 +178,12 @@ class Users:
             User(**row | {"role": Role(row["role"]), "senders": tuple(json.loads(row["senders"]))})
             for row in rows
         ]
+
+
+def _options(role: Role | None, senders: Iterable[str], messages_per_minute: int | None) -> str:
+    """The options of a command that says this."""
+    shown = [f"--role {role}"] if role is not None else []
+    shown += [f"--sender {pattern}" for pattern in senders]
+    if messages_per_minute is not None:
+        shown.append(f"--messages-per-minute {messages_per_minute}")
+    return " ".join(shown)

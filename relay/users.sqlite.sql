@@ -8,6 +8,14 @@ ON CONFLICT DO NOTHING;
 -- name: set_password
 UPDATE users SET password_hash = :password_hash WHERE name = :user;
 
+-- name: change
+-- A parameter that is NULL changes nothing, and a limit of 0 is none.
+UPDATE users SET role = coalesce(:role, role),
+    senders = coalesce(:senders, senders),
+    messages_per_minute =
+        nullif(coalesce(:messages_per_minute, messages_per_minute), 0)
+WHERE name = :user;
+
 -- name: disable
 UPDATE users SET disabled_at = (SELECT now FROM clock)
 WHERE name = :user AND disabled_at IS NULL;

@@ -11,10 +11,14 @@ import signal
 from collections.abc import Iterable
 from functools import partial
 
+from plugins.loader import load as load_plugins
+from plugins.runner import Plugins
 from qmqpd.server import QmqpConnection
 from reception.authentication import Authenticator
+from reception.hooks import HookHost
 from reception.listeners import SystemdSockets
 from reception.policy import Policy, qmqp_networks
+from reception.rate_recorder import RateRecorder
 from reception.receiver import THREADS, DiskThreads, Receiver
 from reception.server import Door, FrontEnd
 from reception.spooler_client import SpoolerClient, launcher
@@ -49,15 +53,16 @@ def offered_size(limit: int, routes: Routes) -> int:
 def run(settings: SmtpdSettings) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit status.
 
-    Raises SettingsError, SpoolerError, and the errors of `ready`. SIGHUP reads the certificate
-    again.
+    Raises SettingsError, PluginError, SpoolerError, and the errors of `ready`. SIGHUP reads the
+    certificate again.
     """
     doors = _doors(settings)
     routes = Routes.load(settings)
     certificate = certificate_pair(settings, settings.tls_client_ca)
+    plugins = load_plugins(settings)
     state = ready(settings, accepts=True)
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(_serve(settings, doors, routes, state, certificate))
+        runner.run(_serve(settings, doors, routes, state, certificate, plugins))
     state.engine.dispose()
     return 0
 
@@ -82,6 +87,7 @@ async def _serve(
     routes: Routes,
     state: DurableState,
     certificate: CertificatePair | None,
+    plugins: Plugins | None,
 ) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -97,8 +103,12 @@ async def _serve(
     )
     size_limit = partial(offered_size, settings.max_message_size, routes)
     authenticator = Authenticator(loop, settings.database_url)
+    recorder = RateRecorder(loop, state.engine)
+    for door, _listeners in doors:
+        door.policy.on_rate_exceeded = recorder.note
+    hooks = HookHost(plugins, routes.names) if plugins is not None and plugins.hooks else None
     server = FrontEnd(
-        loop, settings, receiver, size_limit, authenticator, last_descriptor, certificate
+        loop, settings, receiver, size_limit, authenticator, last_descriptor, certificate, hooks
     )
     await spooler.start()
     freeze_memory()
@@ -123,7 +133,10 @@ async def _serve(
     stop_metrics()
     log.info("stopping", sessions=len(server.connections))
     await server.stop(settings.drain_timeout)
+    if plugins is not None:
+        await plugins.stop()
     await authenticator.close()
+    await recorder.close()
     await spooler.close(5.0)
     await loop.run_in_executor(None, threads.close, 5.0)
     await loop.run_in_executor(None, hints.close)

@@ -10,6 +10,7 @@ import math
 import termios
 from dataclasses import replace
 
+from qmqp_relay import Session
 from reception.connection import MailConnection
 from reception.envelope import TlsState
 from reception.handshake import handshake, handshake_fault
@@ -18,7 +19,7 @@ from reception.server import STOPPING, Door, FrontEnd
 from relay import metrics
 from relay.listeners import Listener
 from relay.log import get_logger
-from smtpd.session import Greeting, Session, SessionState
+from smtpd.session import Greeting, SessionState, SmtpSession
 
 INPUT_LIMIT = 64 * 1024
 """Octets that a client may send after a message whose reply is due."""
@@ -33,7 +34,7 @@ log = get_logger(__name__)
 class SmtpConnection(MailConnection):
     """One SMTP client's connection."""
 
-    session: Session
+    session: SmtpSession
 
     def __init__(
         self, server: FrontEnd, door: Door, listener: Listener, proxied: str | None = None
@@ -43,6 +44,8 @@ class SmtpConnection(MailConnection):
         self.window_started = 0.0
         self._turn: asyncio.Handle | None = None  # the session's next one
         self._handshake: asyncio.Task[None] | None = None
+        self._client_is_slow = False  # to read its replies
+        self._waits_for_hooks = False
 
     def data_received(self, data: bytes) -> None:
         if self.session.closed:
@@ -73,11 +76,13 @@ class SmtpConnection(MailConnection):
             super().check_deadlines(now)
 
     def pause_writing(self) -> None:
-        self.session.halted = True
+        self._client_is_slow = True
+        self._set_halted()
         self._throttle()
 
     def resume_writing(self) -> None:
-        self.session.halted = False
+        self._client_is_slow = False
+        self._set_halted()
         self._schedule(0.0)
         self._throttle()
 
@@ -93,7 +98,8 @@ class SmtpConnection(MailConnection):
         server = self._server
         offers_tls = server.certificate is not None
         greeting = Greeting(server.settings.hostname, server.max_size, offers_tls)
-        self.session = Session(greeting, self.client, tls)
+        hooks = self._hooks.hooks if self._hooks is not None else ()
+        self.session = SmtpSession(greeting, self.client, tls, hooks)
         self.session.auth_required = self._listener.auth
 
     def _start(self) -> None:
@@ -164,6 +170,25 @@ class SmtpConnection(MailConnection):
             if slow:
                 self._refuse("421 4.4.2 Message comes too slowly, closing connection")
 
+    def _describe(self, public: Session) -> None:
+        super()._describe(public)
+        session = self.session
+        public.helo, public.user = session.client_name, session.user
+        public.tls = str(session.tls) if session.tls is not None else None
+
+    def _hooks_idle(self) -> None:
+        super()._hooks_idle()
+        if self._waits_for_hooks:
+            self._waits_for_hooks = False
+            self._set_halted()
+            self._schedule(0.0)
+            self._throttle()
+
+    def _set_halted(self) -> None:
+        """The session takes no input while the client does not read, or plugins are being told
+        something."""
+        self.session.halted = self._client_is_slow or self._waits_for_hooks
+
     def _schedule(self, pause: float) -> None:
         """Gives the session a turn after so many seconds, unless it has one before that."""
         if self._turn is None:
@@ -189,14 +214,21 @@ class SmtpConnection(MailConnection):
             self._handle(self.session.authenticated(result))
 
     def _continue(self) -> None:
-        pause = self.session.pause
+        session = self.session
+        pause = session.pause
         if pause is not None:
             self._schedule(pause)
+        asking = session.state is SessionState.ASKING
+        if self._hooks is not None and self._hooks.busy and not asking:
+            self._waits_for_hooks = True
+            self._set_halted()
         if (
             self.reading_paused
             or self.reception is not None
             or pause is not None
-            or self.session.state is SessionState.VERIFYING
+            or asking
+            or session.state is SessionState.VERIFYING
+            or self._waits_for_hooks
         ):
             self._throttle()
 

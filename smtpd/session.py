@@ -3,8 +3,8 @@
 `receive` takes any number of bytes and returns events; `replies` returns the replies to all of them
 in one piece, so that a pipelined group (RFC 2920) is answered in one write. `COMMANDS` says what a
 command does, or is answered, in each state. After `DataComplete` input waits for `reply`, so that
-no command overtakes the message; likewise after `CredentialsReceived` (RFC 4954). If the connection
-is lost before that, the driver cancels it.
+no command overtakes the message; likewise after `CredentialsReceived` (RFC 4954) and after
+`HookQuestion`. If the connection is lost before that, the driver cancels it.
 
 What must stay true: content never runs as commands. Input before the banner or behind a refused
 DATA closes the connection, and so do BDAT, HTTP, TLS and too many errors. Input behind STARTTLS is
@@ -13,19 +13,22 @@ after TURN commands, or in `TARPIT`, the rest waits until the driver calls `resu
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from enum import IntEnum
+from functools import partial
 from typing import NamedTuple
 
-from reception.envelope import Envelope, Refused, TlsState
+from reception.envelope import Envelope, Recipient, Refused, TlsState
 from reception.events import (
     CredentialsReceived,
     DataComplete,
     DataReceived,
     Event,
+    HookQuestion,
     MailStarted,
     Refusal,
     TlsRequested,
+    TransactionEnded,
 )
 from reception.login import Credentials, Login
 from reception.policy import ClientPolicy
@@ -80,6 +83,7 @@ class SessionState(IntEnum):
     HANDSHAKE = 8  # what comes now is no SMTP
     RESPONSE = 9  # an exchange of AUTH awaits a response of the client
     VERIFYING = 10  # credentials have come, their verdict is due
+    ASKING = 11  # a command waits for the answer of the plugins
 
 
 class Greeting(NamedTuple):
@@ -90,17 +94,22 @@ class Greeting(NamedTuple):
     starttls: bool = False
 
 
-class Session:
+class SmtpSession:
     """One connection's dialogue.
 
     Call `start`, then `receive` and `reply`; after each send `replies`, then check `closed`.
     `pause` is the seconds after which `resume` is due (0: in the next turn of the loop), or None;
     input waits until then. The driver sets `halted` while the client does not read, and
-    `auth_required` where no client sends without a login.
+    `auth_required` where no client sends without a login. `hooks` are those that some plugin has:
+    such a command waits for `hook_agreed` or `hook_refused`.
     """
 
     def __init__(
-        self, greeting: Greeting, client: ClientPolicy, tls: TlsState | None = None
+        self,
+        greeting: Greeting,
+        client: ClientPolicy,
+        tls: TlsState | None = None,
+        hooks: Collection[str] = (),
     ) -> None:
         self.greeting = greeting
         self.client = client
@@ -113,7 +122,7 @@ class Session:
         self._commands = 0  # since the last accepted message
         self._deferred = False  # this transaction had a temporary refusal
         self._skipping = False  # the rest of a line that was too long
-        self._client_name = ""
+        self.client_name = ""  # of HELO or EHLO
         self._protocol = "SMTP"
         self.auth_required = False  # no client sends without authentication
         self.user = tls.subject if tls is not None else None  # that the client authenticated as
@@ -124,6 +133,10 @@ class Session:
         self._wasted = 0  # octets of a line that is too long, or of content that is not stored
         self._exchange: Exchange | None = None  # of the AUTH that awaits a response
         self._auth_failures = 0
+        self._hooks = hooks
+        self._asked_hook = ""
+        self._asked_in = SessionState.READY  # the state of the command that waits for plugins
+        self._agreed: Callable[[str | None], None] | None = None  # what that command does then
         self.halted = False
         self.lines = 0  # begun
         self.pause: float | None = None
@@ -147,7 +160,7 @@ class Session:
     def quit_pending(self) -> bool:
         """Whether QUIT waits behind a message or a pause: the client has finished, it did not
         abort."""
-        waits = self.state is SessionState.AWAIT_REPLY or self.pause is not None or self.halted
+        waits = self.state in _WAITING or self.pause is not None or self.halted
         return waits and b"QUIT\r\n" in self.input.upper()
 
     def start(self) -> None:
@@ -206,6 +219,44 @@ class Session:
                 self.close("421 4.7.0 Too many failed authentications, closing connection")
         return self._events + self._advance()
 
+    def hook_agreed(self, rewritten: str | None = None) -> list[Event]:
+        """The plugins have nothing against the command; continues with it, and with the input after
+        it. `rewritten`: the recipient that takes the place of the one that was named."""
+        agreed = self._end_question()
+        self._events = []
+        try:
+            agreed(rewritten)
+        except Refused as refused:
+            self._refuse(str(refused))
+        return self._events + self._advance()
+
+    def hook_refused(self, reply: str, *, closes: bool = False) -> list[Event]:
+        """A plugin refuses the command; continues with the input after it, unless the session ends
+        (`closes`)."""
+        self._end_question()
+        self._events = []
+        if closes:
+            self._refuse_and_close(reply)
+        else:
+            self._refuse(reply)
+            if self.input and self._asked_hook == "data" and not self.closed:
+                self.close("421 4.5.0 Content behind a refused command, closing connection")
+        return self._events + self._advance()
+
+    def _end_question(self) -> Callable[[str | None], None]:
+        agreed, self._agreed = self._agreed, None
+        if self.state is not SessionState.ASKING or agreed is None:
+            raise RuntimeError("no answer of the plugins is due")
+        self.state = self._asked_in
+        return agreed
+
+    def _ask(self, question: HookQuestion, agreed: Callable[[str | None], None]) -> None:
+        """Has the command wait for the plugins; `agreed` is what it does then."""
+        self._asked_in, self.state = self.state, SessionState.ASKING
+        self._asked_hook = question.hook
+        self._agreed = agreed
+        self._events.append(question)
+
     def _end_verification(self) -> None:
         if self.state is not SessionState.VERIFYING:
             raise RuntimeError("no verdict is due")
@@ -236,7 +287,7 @@ class Session:
                     break
             elif self.state is SessionState.CONTENT:
                 self._read_content()
-            elif self.state in (SessionState.AWAIT_REPLY, SessionState.VERIFYING):
+            elif self.state in _WAITING:
                 break
             elif self.state is SessionState.RESPONSE:
                 if not self._read_response():
@@ -349,6 +400,12 @@ class Session:
         self._refuse(reply)
 
     def _reset(self) -> None:
+        """Ends the transaction, if one is open, without a message."""
+        if self.envelope is not None and "reset_transaction" in self._hooks:
+            self._events.append(TransactionEnded())
+        self._clear()
+
+    def _clear(self) -> None:
         self.envelope = None
         self._positions = {}
         self._deferred = False
@@ -374,8 +431,17 @@ class Session:
     def _greet(self, name: bytes, protocol: str, reply: str) -> None:
         if not _NAME.fullmatch(name):
             raise Refused("501 5.5.4 A host name or address literal is needed")
+        text = name.decode("ascii")
+        if "helo" in self._hooks:
+            self._ask(
+                HookQuestion("helo", None, text), partial(self._greeted, text, protocol, reply)
+            )
+        else:
+            self._greeted(text, protocol, reply)
+
+    def _greeted(self, name: str, protocol: str, reply: str, _: str | None = None) -> None:
         self._reset()
-        self._client_name = name.decode("ascii")
+        self.client_name = name
         self._protocol = protocol
         self._replies.append(reply)
 
@@ -434,10 +500,19 @@ class Session:
         self.client.check_sender(sender, size)
         self.client.check_rate("messages", sender, self.user)
         protocol = self._keyword(smtputf8=b"SMTPUTF8" in parameters)
-        self.envelope = Envelope(sender, parameters, self._client_name, protocol)
+        envelope = Envelope(sender, parameters, self.client_name, protocol)
         if self.tls is not None:
-            self.envelope.tls = str(self.tls)
-        self.envelope.auth_user = self.user
+            envelope.tls = str(self.tls)
+        envelope.auth_user = self.user
+        if "mail" in self._hooks:
+            named = {name.decode("ascii"): value for name, value in parameters.items()}
+            question = HookQuestion("mail", envelope, sender, named)
+            self._ask(question, partial(self._begin, envelope))
+        else:
+            self._begin(envelope)
+
+    def _begin(self, envelope: Envelope, _: str | None = None) -> None:
+        self.envelope = envelope
         self.state = SessionState.SENDER
         self._replies.append("250 2.1.0 Ok")
 
@@ -461,14 +536,44 @@ class Session:
         else:
             self.client.check_recipient(recipient, len(recipients))
             self.client.check_rate("recipients", self.envelope.sender, self.user)
+            if "rcpt" in self._hooks:
+                question = HookQuestion(
+                    "rcpt", self.envelope, recipient.address, recipient.parameters
+                )
+                self._ask(question, partial(self._add_asked, recipient))
+                return
             self._positions[recipient.mailbox] = len(recipients)
             recipients.append(recipient)
+        self.state = SessionState.RECIPIENTS
+        self._replies.append("250 2.1.5 Ok")
+
+    def _add_asked(self, recipient: Recipient, rewritten: str | None) -> None:
+        """Adds a recipient that the plugins have agreed to. Its repeat is dropped under the name
+        that the client gave, and under the one that a plugin gave."""
+        assert self.envelope is not None
+        recipients = self.envelope.recipients
+        named = recipient.mailbox
+        recipient = recipient if rewritten is None else recipient.rewritten(rewritten)
+        position = self._positions.get(recipient.mailbox)
+        if position is None:
+            position = len(recipients)
+            recipients.append(recipient)
+        else:
+            recipients[position] = recipients[position].merge(recipient)
+        self._positions[named] = self._positions[recipient.mailbox] = position
         self.state = SessionState.RECIPIENTS
         self._replies.append("250 2.1.5 Ok")
 
     def _data(self, argument: bytes) -> None:
         assert self.envelope is not None
         _require_none(argument)
+        if "data" in self._hooks:
+            self._ask(HookQuestion("data", self.envelope), self._open_content)
+        else:
+            self._open_content()
+
+    def _open_content(self, _: str | None = None) -> None:
+        assert self.envelope is not None
         self._content = Content(self.greeting.max_message_size, strip_cr=self.client.strips_cr)
         self._unwanted = False
         self._wasted = 0
@@ -488,10 +593,11 @@ class Session:
         if rest is not None:
             self.lines += 1
             self._content = None
-            self._reset()
             if content.fault is not None:
+                self._reset()
                 self._refuse(content.fault.value)
             else:
+                self._clear()
                 self.state = SessionState.AWAIT_REPLY
                 self._events.append(DataComplete(content.header.message_id))
         elif self._wasted > ENDLESS:
@@ -544,20 +650,21 @@ _IDLE = (
     SessionState.RESPONSE,
     SessionState.VERIFYING,
 )
-COMMANDS: Mapping[bytes, tuple[str | Callable[[Session, bytes], None], ...]] = {
+_WAITING = (SessionState.AWAIT_REPLY, SessionState.VERIFYING, SessionState.ASKING)
+COMMANDS: Mapping[bytes, tuple[str | Callable[[SmtpSession, bytes], None], ...]] = {
     #        START     READY         SENDER                           RECIPIENTS
-    b"MAIL": (_NO_HELO, Session._mail, _NESTED, _NESTED),
-    b"RCPT": (_NO_HELO, _NO_SENDER, Session._rcpt, Session._rcpt),
-    b"AUTH": (_NO_HELO, Session._auth, _NOT_WITHIN, _NOT_WITHIN),
-    b"DATA": (_NO_HELO, _NO_SENDER, "554 5.5.1 No valid recipients", Session._data),
-    b"HELO": (Session._helo,) * 4,
-    b"EHLO": (Session._ehlo,) * 4,
-    b"RSET": (Session._rset,) * 4,
-    b"QUIT": (Session._quit,) * 4,
+    b"MAIL": (_NO_HELO, SmtpSession._mail, _NESTED, _NESTED),
+    b"RCPT": (_NO_HELO, _NO_SENDER, SmtpSession._rcpt, SmtpSession._rcpt),
+    b"AUTH": (_NO_HELO, SmtpSession._auth, _NOT_WITHIN, _NOT_WITHIN),
+    b"DATA": (_NO_HELO, _NO_SENDER, "554 5.5.1 No valid recipients", SmtpSession._data),
+    b"HELO": (SmtpSession._helo,) * 4,
+    b"EHLO": (SmtpSession._ehlo,) * 4,
+    b"RSET": (SmtpSession._rset,) * 4,
+    b"QUIT": (SmtpSession._quit,) * 4,
     b"NOOP": (_OK,) * 4,
-    b"STARTTLS": (Session._starttls,) * 4,
+    b"STARTTLS": (SmtpSession._starttls,) * 4,
     b"VRFY": ("252 2.1.5 Cannot verify; send some mail and see",) * 4,
     b"HELP": ("214 2.0.0 HELO EHLO AUTH MAIL RCPT DATA RSET NOOP VRFY HELP QUIT",) * 4,
-    **dict.fromkeys(_HTTP_METHODS, (Session._http,) * 4),
+    **dict.fromkeys(_HTTP_METHODS, (SmtpSession._http,) * 4),
 }
 """The method of a command in each state, or its reply."""

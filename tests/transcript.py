@@ -37,7 +37,7 @@ from reception.login import Credentials, Login
 from reception.policy import Policy
 from relay.settings import SmtpdSettings, load
 from relay.users import Role, User
-from smtpd.session import Greeting, Session, SessionState
+from smtpd.session import Greeting, SessionState, SmtpSession
 
 DIRECTORY = Path(__file__).parent / "transcripts"
 MAX_SIZE = 1000
@@ -105,7 +105,7 @@ class Play:
             auth_plaintext_networks=(peer,) if "plaintext" in dialogue.options else (),
         )
         greeting = Greeting("relay.example", MAX_SIZE, "starttls" in dialogue.options)
-        self.session = Session(greeting, Policy(settings).client(peer))
+        self.session = SmtpSession(greeting, Policy(settings).client(peer))
         self.said: list[str] = []
         self.seen: set[tuple[str, SessionState]] = set()
         self._dialogue = dialogue

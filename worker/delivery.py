@@ -208,7 +208,8 @@ class DeliveryTask:
         claim = self.claim
         try:
             recipients = [address.encode("latin-1") for address in claim.recipients]
-            request = Request(claim.size, claim.sender.encode("latin-1"), recipients)
+            sender = claim.sender.encode("latin-1")
+            request = Request(claim.size, sender, recipients, claim.prefix)
         except ValueError as error:
             return self._no_request(error)
         while not self._aborted:

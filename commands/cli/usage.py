@@ -165,6 +165,11 @@ USAGES: Mapping[str, Usage] = {
         ),
         {1: "there is such a user already"},
     ),
+    "user set": Usage(
+        USERS,
+        ("user set shop --messages-per-minute 600", "user set ann --role viewer --sender '*'"),
+        _USER,
+    ),
     "user passwd": Usage(USERS, ("user passwd shop", "user passwd shop --password-file -"), _USER),
     "user disable": Usage(
         USERS, ("user disable shop", "user disable shop --reason 'sends spam'"), _USER

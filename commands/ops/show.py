@@ -6,6 +6,7 @@ What must stay true: reading takes no lock, changes nothing, and creates no data
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import sys
@@ -134,6 +135,11 @@ _SUMMARY = _columns("STATE ROUTE DELIVERIES BYTES OLDEST=oldest_seconds OVERDUE 
 _PAUSES = _columns("PAUSED=subject SINCE=paused_at BY=actor DELIVERIES REASON")
 _JOURNAL = _columns("WITHOUT_ROWS=messages BYTES FOR=lag_seconds SEGMENTS DISK LIVE")
 _RECEIVED = _columns("LAST_MINUTE LAST_HOUR BYTES")
+_LIMITED: Columns = {
+    "LIMIT": lambda row: f"{row['subject']}-{row['what']}",
+    "NAME": lambda row: row["name"] or "(others)",
+    **_columns("REFUSED LAST=last_at"),
+}
 _RATES = _columns("OUTCOME LAST_MINUTE LAST_HOUR BYTES=bytes_sent MEAN=seconds")
 _FLOW = _columns("MINUTES IN=received OUT=finished WAITING DRAINED_IN=drain_seconds")
 _VERSIONS = _columns(
@@ -402,8 +408,9 @@ def show_body(end: str, *, header_only: bool) -> int:
         except BodyUnsendable as error:
             states = ", ".join(sorted({row.state for row in message.deliveries}))
             raise CommandError(NOTHING_MATCHED, f"{error}; its deliveries are {states}") from None
+    added = (message.prefix or "").encode().splitlines(keepends=True)
     with body:
-        for line in body:
+        for line in itertools.chain(added, body):
             if header_only and line == b"\n":
                 break
             if sys.stdout.isatty():
@@ -419,7 +426,7 @@ def journal_rows(settings: Settings, queue: QueueReader) -> list[Row]:
     spool = mounted_spool(settings, queue)
     if spool is None:
         return []
-    lag = journal_lag(spool, queue.segments())
+    lag, (segments, octets) = journal_lag(spool, queue.segments()), spool.journal_usage()
     store = SegmentStore(
         queue.engine, JournalDirectory(spool.handle), spool.identity, settings.retention
     )
@@ -428,8 +435,8 @@ def journal_rows(settings: Settings, queue: QueueReader) -> list[Row]:
             "messages": lag.messages,
             "bytes": lag.octets,
             "lag_seconds": lag.seconds,
-            "segments": lag.segments,
-            "disk": lag.octets_on_disk,
+            "segments": segments,
+            "disk": octets,
             "live": store.usage()[1],
         }
     ]
@@ -462,6 +469,12 @@ def show_stats(*, json_lines: bool) -> int:
             ("disk", "disk of the spool", disk_of(mounted_spool(settings, queue)), _DISK),
             ("version", "tries of the last day by version", statistics.read("versions"), _VERSIONS),
             ("received", "received messages", [statistics.received()], _RECEIVED),
+            (
+                "rate_limit",
+                "refused by rate limits in the last day",
+                statistics.rate_limited(),
+                _LIMITED,
+            ),
             ("rate", "tries of the last hour", statistics.read("rates"), _RATES),
             (
                 "slowest",

@@ -45,7 +45,7 @@ SELECT replace(CAST(m.id AS text), '-', '') AS id, m.sender,
     CAST(extract(epoch FROM m.received_at) * 1000000 AS bigint) AS received_at,
     m.header_message_id, m.envid, m.size, m.ret, m.client_trusted, m.dsn_content,
     replace(CAST(m.dsn_of AS text), '-', '') AS dsn_of,
-    replace(CAST(m.segment AS text), '-', '') AS segment, m.position
+    replace(CAST(m.segment AS text), '-', '') AS segment, m.position, m.prefix
 FROM messages m WHERE m.id = :id;
 
 -- name: recipients

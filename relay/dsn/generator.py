@@ -349,7 +349,8 @@ class DsnGenerator:
         """The original or its header, at most LONGEST_RETURNED bytes; None if it cannot be read."""
         try:
             with self._bodies.stream(original.id, original.size, original.place) as body:
-                text = body.read(LONGEST_RETURNED)
+                prefix = (original.prefix or "").encode()
+                text = prefix + body.read(LONGEST_RETURNED - len(prefix))
         except (BodyUnsendable, OSError) as error:
             log.warning("original not returned", id=original.id, reason=str(error))
             return None

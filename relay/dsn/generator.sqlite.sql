@@ -42,7 +42,7 @@ ORDER BY d.number;
 SELECT replace(m.id, '-', '') AS id, m.sender, m.received_at AS received_at,
     m.header_message_id, m.envid, m.size, m.ret, m.client_trusted, m.dsn_content,
     replace(m.dsn_of, '-', '') AS dsn_of,
-    replace(m.segment, '-', '') AS segment, m.position
+    replace(m.segment, '-', '') AS segment, m.position, m.prefix
 FROM messages m WHERE m.id = :id;
 
 -- name: recipients

@@ -131,7 +131,7 @@ class Original:
     `size`: of its body, in bytes; `client_trusted`: whether the policy trusts the client that sent
     it (None: no policy, or a row of an older version); `dsn_content`, `dsn_of`: what it encloses,
     and the message that it is about, if it is a DSN itself; `place`: that of its body in the
-    journal (None: a file).
+    journal (None: a file); `prefix`: the fields that plugins have added before the body.
     """
 
     id: str
@@ -145,6 +145,7 @@ class Original:
     dsn_content: str | None = None
     dsn_of: str | None = None
     place: Place | None = None
+    prefix: str | None = None
 
     @property
     def from_untrusted_client(self) -> bool:

@@ -11,14 +11,16 @@ WITH s AS (
 ), m AS (
     INSERT INTO messages (id, received_at, sender, size, client_address, helo, protocol, auth_user,
         header_message_id, body_type, ret, envid, dsn_of, client_trusted, dsn_content, segment,
-        position, tls)
+        position, tls, prefix)
     SELECT id, now() - :age * interval '1 second', sender, size, client_address, helo, protocol,
         auth_user, header_message_id, body_type, ret, envid, dsn_of, client_trusted, dsn_content,
-        CASE WHEN position IS NOT NULL THEN CAST(:segment AS uuid) END, position, tls
+        CASE WHEN position IS NOT NULL THEN CAST(:segment AS uuid) END, position, tls,
+        prefix
     FROM json_to_recordset(CAST(:messages AS json)) AS x(
         id uuid, sender text, size bigint, client_address text, helo text, protocol text,
         auth_user text, header_message_id text, body_type text, ret text, envid text, dsn_of uuid,
-        client_trusted boolean, dsn_content text, position bigint, tls text)
+        client_trusted boolean, dsn_content text, position bigint, tls text,
+        prefix text)
     WHERE CAST(:start AS bigint) IS NULL OR EXISTS (SELECT 1 FROM s)
     ON CONFLICT DO NOTHING
 ), r AS (
@@ -34,15 +36,17 @@ WITH s AS (
     INSERT INTO deliveries (queue_id, number, route, state, due_at, expires_at, warn_at,
         last_reply, reason_source)
     SELECT queue_id, number, route,
-        CASE WHEN CAST(:hold_reason AS text) IS NULL THEN 'queued' ELSE 'held' END,
-        CASE WHEN CAST(:hold_reason AS text) IS NULL
+        CASE WHEN coalesce(CAST(:hold_reason AS text), hold_reason) IS NULL
+            THEN 'queued' ELSE 'held' END,
+        CASE WHEN coalesce(CAST(:hold_reason AS text), hold_reason) IS NULL
             THEN now() + :grace * interval '1 second' END,
         now() + (:lifetime - :age) * interval '1 second',
         now() + (warn_after - :age) * interval '1 second',
-        CAST(:hold_reason AS text),
-        CAST(:hold_source AS text)
+        coalesce(CAST(:hold_reason AS text), hold_reason),
+        CASE WHEN coalesce(CAST(:hold_reason AS text), hold_reason) IS NOT NULL
+            THEN CAST(:hold_source AS text) END
     FROM json_to_recordset(CAST(:deliveries AS json)) AS x(
-        queue_id uuid, number int, route text, warn_after float8)
+        queue_id uuid, number int, route text, warn_after float8, hold_reason text)
     WHERE CAST(:start AS bigint) IS NULL OR EXISTS (SELECT 1 FROM s)
     ON CONFLICT DO NOTHING
 )
@@ -50,6 +54,10 @@ SELECT id FROM s;
 
 -- name: open_segment
 INSERT INTO segments (id, committed_to) VALUES (:segment, :start) ON CONFLICT DO NOTHING;
+
+-- name: close_segment
+-- Takes that row back: the file was removed meanwhile, and no message was inserted.
+DELETE FROM segments WHERE id = :segment AND committed_to = :start AND sealed_at IS NULL;
 
 -- name: seal_segment
 -- A segment that is sealed is read and removed, and never written or replayed.

@@ -39,7 +39,9 @@ class NewMessage(NamedTuple):
     """A message whose body is safe on disk. `size` is that body's, in bytes.
 
     `client_trusted`: whether the policy trusts the client (None: no policy). `dsn_content`:
-    what a DSN encloses. `tls`: protocol and cipher of the connection.
+    what a DSN encloses. `tls`: protocol and cipher of the connection. `prefix`: the fields that
+    plugins have added, which stand before the body and are not part of its size. `hold_reason`: why
+    it is held (None: it is not).
     """
 
     id: str
@@ -58,6 +60,8 @@ class NewMessage(NamedTuple):
     client_trusted: bool | None = None
     dsn_content: str | None = None
     tls: str | None = None
+    prefix: str | None = None
+    hold_reason: str | None = None
 
 
 class EncodedMessage(NamedTuple):
@@ -104,6 +108,9 @@ def encode(message: NewMessage, *, delay_warning: float | None = None) -> bytes:
         "dsn_content": message.dsn_content,
         "tls": message.tls,
     }
+    if message.prefix is not None:
+        row["prefix"] = message.prefix
+    held = {} if message.hold_reason is None else {"hold_reason": message.hold_reason}
     numbers: dict[str, int] = {}
     recipients = [
         {
@@ -120,6 +127,7 @@ def encode(message: NewMessage, *, delay_warning: float | None = None) -> bytes:
     deliveries = [
         {"queue_id": key, "number": number, "route": route}
         | ({"warn_after": delay_warning} if route in late else {})
+        | held
         for route, number in numbers.items()
     ]
     lines = (json.dumps([row])[1:-1], json.dumps(recipients)[1:-1], json.dumps(deliveries)[1:-1])
@@ -156,13 +164,25 @@ def routes_of(rows: bytes) -> tuple[str, ...]:
     return tuple(one["route"] for one in json.loads(b"[%b]" % deliveries))
 
 
+def _bounded(text: str) -> str:
+    return escaped(text, LONGEST_INDEXED)
+
+
+def _printable_fields(prefix: str) -> str:
+    """Header fields in printable ASCII; they keep their lines, and have no index."""
+    return "".join(c if c in "\t\n" or " " <= c <= "~" else "?" for c in prefix)
+
+
+_ESCAPED = {"prefix": _printable_fields}
+
+
 def _escape_rows(rows: bytes) -> bytes:
     """The same rows in printable ASCII, and short enough for every index."""
     lines = (json.loads(f"[{line}]") for line in rows.decode().split("\n"))
     escaped_lines = (
         [
             {
-                key: escaped(value, LONGEST_INDEXED) if isinstance(value, str) else value
+                key: _ESCAPED.get(key, _bounded)(value) if isinstance(value, str) else value
                 for key, value in row.items()
             }
             for row in line
@@ -268,6 +288,11 @@ class Acceptor:
         with writing(self._engine) as connection:
             self._queries.run(connection, "open_segment", segment=dashed(segment), start=start)
 
+    def close_segment(self, segment: str, start: int) -> None:
+        """Remove the row that `open_segment` inserted, unless messages were inserted since."""
+        with writing(self._engine) as connection:
+            self._queries.run(connection, "close_segment", segment=dashed(segment), start=start)
+
     def seal_segment(self, segment: str, end: int, count: int, least: str, greatest: str) -> None:
         """Every message of the segment has its rows, and nothing more is written to it."""
         with writing(self._engine) as connection:
@@ -331,7 +356,7 @@ class Acceptor:
             end=span.end if span else None,
             age=age,
             hold_reason=hold_reason,
-            hold_source=ReasonSource.RELAY if hold_reason else None,
+            hold_source=ReasonSource.RELAY,
         )
         return bool(moved.all())
 

@@ -57,7 +57,7 @@ SELECT replace(CAST(c.queue_id AS text), '-', '') AS queue_id, c.number, c.claim
      WHERE r.queue_id = c.queue_id AND r.delivery = c.number) AS recipients,
     c.deferrals, c.crash_count,
     CAST(extract(epoch FROM now() - m.received_at) AS float8) AS received_ago,
-    replace(CAST(m.segment AS text), '-', '') AS segment, m.position
+    replace(CAST(m.segment AS text), '-', '') AS segment, m.position, m.prefix
 FROM c JOIN messages m ON m.id = c.queue_id;
 
 -- name: claim_overdue
@@ -102,7 +102,7 @@ SELECT replace(CAST(c.queue_id AS text), '-', '') AS queue_id, c.number, c.claim
      WHERE r.queue_id = c.queue_id AND r.delivery = c.number) AS recipients,
     c.deferrals, c.crash_count,
     CAST(extract(epoch FROM now() - m.received_at) AS float8) AS received_ago,
-    replace(CAST(m.segment AS text), '-', '') AS segment, m.position
+    replace(CAST(m.segment AS text), '-', '') AS segment, m.position, m.prefix
 FROM c JOIN messages m ON m.id = c.queue_id;
 
 -- name: complete

@@ -259,10 +259,11 @@ class WorkerQueue:
 
 def _claim(row: Any) -> Claim:
     """A row of a claim; SQLite has no arrays, so there the recipients are JSON."""
-    *columns, segment, position = row
+    *columns, segment, position, prefix = row
     listed = row.recipients
     columns[6] = tuple(json.loads(listed) if isinstance(listed, str) else listed or ())
     columns.append(Place(segment, position) if segment else None)
+    columns.append(prefix.encode() if prefix else b"")
     return Claim(*columns)
 
 

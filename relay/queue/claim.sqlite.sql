@@ -56,7 +56,8 @@ RETURNING replace(queue_id, '-', '') AS queue_id, number, claim_count, route,
      WHERE m.id = deliveries.queue_id) AS received_ago,
     (SELECT replace(m.segment, '-', '') FROM messages m
      WHERE m.id = deliveries.queue_id) AS segment,
-    (SELECT m.position FROM messages m WHERE m.id = deliveries.queue_id) AS position;
+    (SELECT m.position FROM messages m WHERE m.id = deliveries.queue_id) AS position,
+    (SELECT m.prefix FROM messages m WHERE m.id = deliveries.queue_id) AS prefix;
 
 -- name: claim_overdue
 -- Claims overdue deliveries of a route, the longest due first. :fresh of them were never claimed
@@ -101,7 +102,8 @@ RETURNING replace(queue_id, '-', '') AS queue_id, number, claim_count, route,
      WHERE m.id = deliveries.queue_id) AS received_ago,
     (SELECT replace(m.segment, '-', '') FROM messages m
      WHERE m.id = deliveries.queue_id) AS segment,
-    (SELECT m.position FROM messages m WHERE m.id = deliveries.queue_id) AS position;
+    (SELECT m.position FROM messages m WHERE m.id = deliveries.queue_id) AS position,
+    (SELECT m.prefix FROM messages m WHERE m.id = deliveries.queue_id) AS prefix;
 
 -- name: complete
 -- Records attempts and the next state of each claim. A completion is fenced by worker and claim

@@ -18,7 +18,8 @@ from relay.spool.journal.format import Place
 @dataclass(frozen=True, slots=True)
 class Claim:
     """A delivery that this worker may send, with its envelope. `claim` is the number of the claim;
-    `received_ago` is in seconds; `place` is that of the body in the journal (None: a file)."""
+    `received_ago` is in seconds; `place` is that of the body in the journal (None: a file);
+    `prefix` has the fields that plugins have added, which leave before the body."""
 
     queue_id: str
     number: int
@@ -31,6 +32,7 @@ class Claim:
     crash_count: int
     received_ago: float
     place: Place | None = None
+    prefix: bytes = b""
 
 
 class Attempt(NamedTuple):

@@ -23,7 +23,7 @@ LIMIT 5;
 SELECT replace(CAST(id AS text), '-', '') AS queue_id, sender, size, received_at, client_address,
        helo, protocol, auth_user, header_message_id, body_type, ret, envid,
        replace(CAST(dsn_of AS text), '-', '') AS dsn_of, dsn_content,
-       replace(CAST(segment AS text), '-', '') AS segment, position, tls
+       replace(CAST(segment AS text), '-', '') AS segment, position, tls, prefix
 FROM messages
 WHERE id = CAST(:id AS uuid);
 

@@ -24,7 +24,7 @@ LIMIT 5;
 SELECT replace(id, '-', '') AS queue_id, sender, size, received_at, client_address, helo, protocol,
        auth_user, header_message_id, body_type, ret, envid, replace(dsn_of, '-', '') AS dsn_of,
        dsn_content,
-       replace(segment, '-', '') AS segment, position, tls
+       replace(segment, '-', '') AS segment, position, tls, prefix
 FROM messages
 WHERE id = :id;
 

@@ -64,7 +64,8 @@ class AttemptRow:
 @dataclass(frozen=True, slots=True)
 class MessageRow:
     """A message with what belongs to it, each in the order of its numbers. `segment` and
-    `position` are the place of its body in the journal; None if a file has it."""
+    `position` are the place of its body in the journal; None if a file has it. `prefix`: the fields
+    that plugins have added, which stand before the body."""
 
     queue_id: str
     sender: str
@@ -83,6 +84,7 @@ class MessageRow:
     segment: str | None
     position: int | None
     tls: str | None
+    prefix: str | None
     recipients: list[RecipientRow]
     deliveries: list[DeliveryRow]
     attempts: list[AttemptRow]

@@ -84,3 +84,12 @@ LEFT JOIN workers w ON w.id = a.worker
 WHERE a.finished_at > (SELECT now FROM clock) - 86400 * 1000000
 GROUP BY 1
 ORDER BY 2, 1;
+
+-- name: rate_limited
+-- Who was refused by a rate in the last day, the most refused first.
+SELECT subject, what, name, sum(refused) AS refused, max(last_at) AS last_at
+FROM rate_refusals
+WHERE hour > (SELECT now FROM clock) - 86400 * 1000000
+GROUP BY subject, what, name
+ORDER BY 4 DESC, 1, 2, 3
+LIMIT :most;

@@ -29,7 +29,7 @@ from qmqp.body import BodyFile
 from relay.db.engine import writing
 from relay.db.sql import Queries
 from relay.ids import dashed, new_id
-from relay.spool.journal.directory import DIRECTORY, JournalDirectory
+from relay.spool.journal.directory import DIRECTORY, MARK, JournalDirectory
 from relay.spool.journal.reader import JournalReader
 from relay.spool.trailer import encode_trailer, read_envelope, read_trailer
 
@@ -41,7 +41,7 @@ _VOLATILE = {"tmpfs", "ramfs"}
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "ceph", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "9p"}
 """File systems that several machines may share, where a lost lock does not prove a death."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _IDENTITY = "spool-id"
 _ORPHANS = "orphans"
 
@@ -105,6 +105,10 @@ class BodyWriter:
         except OSError:
             self.discard()
             raise
+
+    def read(self, size: int, offset: int) -> bytes:
+        """At most `size` octets of what was appended. Any thread. Raises OSError."""
+        return os.pread(self._handle, min(size, self.size - offset), offset)
 
     def finish(self, envelope: bytes) -> int:
         """Write the trailer with the envelope, sync file and directory, and close; the size of the
@@ -366,6 +370,11 @@ class Spool:
             os.utime(root)
         return os.fstat(root).st_mtime
 
+    @property
+    def is_local(self) -> bool:
+        """Whether no other machine has the file system, so that a lock proves what it says."""
+        return file_system(self.directory) not in NETWORK
+
     def free_bytes(self) -> int:
         """The free space of the spool's file system."""
         status = os.fstatvfs(self.handle)
@@ -376,7 +385,7 @@ class Spool:
         sizes = list[int]()
         with suppress(FileNotFoundError), _opened(DIRECTORY, self.handle) as handle:
             for name in os.listdir(handle):
-                if not name.startswith("mark"):
+                if name != MARK:
                     with suppress(FileNotFoundError):  # it was removed or renamed since
                         status = os.stat(name, dir_fd=handle, follow_symlinks=False)
                         sizes.append(status.st_blocks * 512)

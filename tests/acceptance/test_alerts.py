@@ -68,6 +68,7 @@ CASES: list[Case] = [
     # 30 segments are in use, and little is needed.
     ("RelayJournalDisk", {**JOURNAL, "relay_journal_disk_bytes": "9e8x120"}, [62], [58]),
     ("RelayJournalDisk", {**JOURNAL, "relay_journal_disk_bytes": "7e8x120"}, [], [62]),
+    ("RelayJournalDamaged", {"relay_journal_damages_total": "0x5 1x90"}, [7], [5, 80]),
     ("RelayBodyDamaged", {"relay_bodies_damaged_total": "0x5 1x90"}, [7], [5, 80]),
     ("RelayTargetsDown", {UP: "1x5 stale"}, [9], [7]),
     (

@@ -12,6 +12,7 @@ import pytest
 import uvloop
 
 from reception.authentication import FAILURE_DELAY, Authenticator
+from reception.hooks import HookHost
 from reception.receiver import DiskThreads, Receiver
 from reception.server import Door, FrontEnd
 from reception.spooler import Spooler
@@ -36,6 +37,7 @@ class FakeDatabase:
 
     def __init__(self) -> None:
         self.messages: list[NewMessage] = []
+        self.deliveries: list[str] = []  # of these messages, as JSON
         self.places: dict[str, Place | None] = {}
         self.gate = threading.Event()
         self.gate.set()
@@ -51,6 +53,7 @@ class FakeDatabase:
         for encoded in messages:
             message = decoded(encoded.rows)
             self.messages.append(message)
+            self.deliveries.append(encoded.rows.decode().split("\n")[2])
             at = encoded.position
             self.places[message.id] = None if at is None else Place(span.segment, at)
 
@@ -65,6 +68,9 @@ class FakeDatabase:
 
     def sealed_segments(self) -> set[str]:
         return set()
+
+    def learn_from_journal(self, *, unsealed: bool) -> None:
+        """As a mark."""
 
 
 def decoded(rows: bytes) -> NewMessage:
@@ -114,7 +120,9 @@ class ServerHarness:
         new_loop: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
         *,
         failure_delay: float = FAILURE_DELAY,
+        hooks: HookHost | None = None,
     ) -> None:
+        self.hooks = hooks
         self.failure_delay = failure_delay
         self.listener = listener
         self.certificate = certificate_pair(settings, settings.tls_client_ca)
@@ -157,12 +165,15 @@ class ServerHarness:
             lambda: self.settings.max_message_size,
             Authenticator(self.loop, self.settings.database_url, failure_delay=self.failure_delay),
             certificate=self.certificate,
+            hooks=self.hooks,
         )
         [address] = await self.server.listen(self.door, [self.listener])
         self.host, self.port = parse_listen(address.partition("/")[0])
         self._ready.set()
         await self._stop.wait()
         await self.server.stop(self.drain)
+        if self.hooks is not None:
+            await self.hooks.plugins.stop()
         await self.server.authenticator.close()
         self.database.gate.set()
         await self.spooler.close(10.0)

@@ -146,6 +146,9 @@ EXAMPLES: dict[str, Any] = {
     "reason": "because",
     "recipients": rows(position=9, address="c@example.org", delivery=1),
     "reply": "Dno such user",
+    "refusals": json.dumps(
+        [{"subject": "client", "what": "messages", "name": "192.0.2.1", "refused": 2}]
+    ),
     "retention": 0.0,
     "retries": 50,
     "role": "sender",
@@ -288,6 +291,11 @@ def _fill(engine: Engine, connection: Connection, after: str) -> None:
             "INSERT INTO users VALUES (:user, '$argon2id$', 'sender', '[\"*\"]', NULL,"
             f" after(-99), {disabled}, NULL)",
             user=user,
+        )
+    for hours, count in ((1, 4), (2, 5), (30, 6)):
+        run(
+            "INSERT INTO rate_refusals VALUES ('client', 'messages', '192.0.2.1',"
+            f" after(-{3600 * hours}), {count}, after(-{3600 * hours}))"
         )
     run("INSERT INTO dsn_limits VALUES ('a@example.com', after(-100))")
     run(

@@ -30,7 +30,16 @@ ROWS = re.findall(
 def logged() -> dict[str, set[str]]:
     """Events with the levels that they are logged at."""
     found: dict[str, set[str]] = {}
-    for package in ("relay", "reception", "smtpd", "qmqpd", "worker", "commands", "migrations"):
+    for package in (
+        "relay",
+        "reception",
+        "plugins",
+        "smtpd",
+        "qmqpd",
+        "worker",
+        "commands",
+        "migrations",
+    ):
         for file in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 match node:

@@ -12,6 +12,8 @@ ROOT = Path(__file__).parents[2]
 ROOMS = (
     "relay",
     "reception",
+    "plugins",
+    "qmqp_relay",
     "smtpd",
     "qmqpd",
     "worker",

@@ -21,8 +21,8 @@ from smtpd.session import (
     TARPIT,
     TURN,
     Greeting,
-    Session,
     SessionState,
+    SmtpSession,
 )
 
 GREETING = Greeting("relay.example", 1000)
@@ -63,7 +63,7 @@ class Dialogue:
 
     def __init__(self, *, start: bool = True, trusted: bool = False) -> None:
         self.policy = FakePolicy(trusted=trusted)
-        self.session = Session(GREETING, cast(ClientPolicy, self.policy))
+        self.session = SmtpSession(GREETING, cast(ClientPolicy, self.policy))
         self.events: list[Event] = []
         if start:
             self.session.start()
