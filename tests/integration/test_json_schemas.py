@@ -92,6 +92,10 @@ def test_rows_of_the_queue(queue: QueueHarness, spool: Spool, typed: Typed) -> N
     QueueOperations(queue.database, sends_dsns=True).pause(
         "route:default", actor="ann@host", reason="ticket 812"
     )
+    queue.change(
+        "INSERT INTO rate_refusals (subject, what, name, hour, refused, last_at)"
+        " VALUES ('client', 'messages', '198.51.100.7', @ago(60), 3, @ago(50))"
+    )
     check(lines(typed("list", "--all", "--json")), "list")
     for key in ("reason", "sender", "domain", "server", "route", "client"):
         check(lines(typed("list", "--count-by", key, "--json")), "count")
@@ -100,7 +104,7 @@ def test_rows_of_the_queue(queue: QueueHarness, spool: Spool, typed: Typed) -> N
         assert check(lines(typed("why", ids[0], "--json")), "why")[0]["queue_id"] == ids[0], state
     kinds = {row["kind"] for row in check(lines(typed("stats", "--json")), "stats")}
     assert kinds >= {"queue", "age", "worker", "server", "pause", "journal", "flow", "disk"}
-    assert kinds >= {"version", "received", "rate", "slowest"}
+    assert kinds >= {"version", "received", "rate_limit", "rate", "slowest"}
     check(lines(typed("problems", "--json", status=1)), "problems")
     check(lines(typed("actions", "--json")), "actions")
     check(lines(typed("actions", created.ids["dropped"][0], "--json")), "actions")
