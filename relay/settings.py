@@ -277,6 +277,7 @@ class Settings(BaseSettings):
     spool_dir: AbsolutePath = Field(default_factory=lambda data: data["state_dir"] / "spool")
     qmqp_servers: Texts = ()
     routes: Path | None = None
+    webhooks: Path | None = None
     hostname: Hostname = Field(default_factory=socket.gethostname, validate_default=True)
 
     batch_size: Count = 64
@@ -422,8 +423,8 @@ def load[Role: Settings](role: type[Role], **overrides: Any) -> Role:
     """Read the settings of a role from the environment; raises SettingsError, a line for each bad
     variable.
 
-    The settings of the other roles and the file of routes are validated too: settings that one
-    process refuses must not pass in another, or half of a relay would run.
+    The settings of the other roles, the file of routes and that of webhooks are validated too:
+    settings that one process refuses must not pass in another, or half of a relay would run.
     """
     from relay.routes import Routes  # which imports this module
 
@@ -437,6 +438,10 @@ def load[Role: Settings](role: type[Role], **overrides: Any) -> Role:
     if lines:
         raise SettingsError("\n".join(lines))
     Routes.load(loaded[role])
+    if loaded[role].webhooks:
+        from relay.events.webhooks import load_webhooks  # which needs more than most commands do
+
+        load_webhooks(loaded[role])
     return cast(Role, loaded[role])
 
 

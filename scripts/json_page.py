@@ -16,6 +16,7 @@ PAGE = DOCS / "json.md"
 ORDER = (
     *("list", "count", "show", "uncommitted", "why", "stats", "problems", "actions"),
     *("operation", "pause", "check", "probe", "fsck", "rebuild", "user-list", "user"),
+    *("event", "replay", "webhook-list", "webhook-test", "webhook"),
 )
 BEGIN = "<!-- made by scripts/json_page.py: begin -->\n"
 END = "<!-- end -->\n"
@@ -66,9 +67,9 @@ def _rows(path: str, schema: Mapping[str, Any]) -> Iterator[str]:
     for name, value in schema["properties"].items():
         optional = "" if name in schema["required"] else ", not always there"
         yield f"| `{path}{name}` | {_type(value)} | {value.get('description', '')}{optional} |"
-        items = value.get("items", {})
-        if "properties" in items:
-            yield from _rows(f"{path}{name}[].", items)
+        for below, nested in (("", value), ("[]", value.get("items", {}))):
+            if "properties" in nested:
+                yield from _rows(f"{path}{name}{below}.", nested)
 
 
 def _type(value: Mapping[str, Any]) -> str:

@@ -1,5 +1,5 @@
 """The command line `qmqp-relay COMMAND`. The commands for the queue are in `commands.cli.queue`,
-those for users in `commands.cli.users`.
+those for users in `commands.cli.users`, those for events in `commands.cli.events`.
 
 A command is a thin function: it reads its settings, calls the module that does the work, and
 returns an exit status. `commands.errors.command` turns errors into sentences. Heavy modules are
@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from commands.cli.events import events, webhooks
 from commands.cli.queue import Json, Yes, queue
 from commands.cli.usage import DescribedCommand, GroupedCommands
 from commands.cli.users import users
@@ -239,6 +240,8 @@ def web() -> int:
 
 main.add_typer(queue)
 main.add_typer(users)
+main.add_typer(events)
+main.add_typer(webhooks)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ LOOK = "Look at the queue"
 CHANGE = "Change the queue"
 CHECK = "Check and repair"
 USERS = "Users"
-GROUPS = (RUN, LOOK, CHANGE, CHECK, USERS)
+EVENTS = "Events and webhooks"
+GROUPS = (RUN, LOOK, CHANGE, CHECK, USERS, EVENTS)
 STATUSES = {
     0: "done",
     1: "nothing matched",
@@ -181,6 +182,29 @@ USAGES: Mapping[str, Usage] = {
         USERS, ("user remove shop", "user remove shop --reason 'switched off'"), _USER
     ),
     "user list": Usage(USERS, ("user list", "user list --json"), {1: "there are no users"}),
+    "events": Usage(
+        EVENTS,
+        ("events --type bounced --since 1d", "events --follow --json"),
+        {1: "no event matches"},
+    ),
+    "events replay": Usage(
+        EVENTS,
+        ("events replay --since 2h", "events replay --webhook shop --id 5cfd12672a2e"),
+        {1: "no event matches"},
+    ),
+    "webhooks list": Usage(
+        EVENTS, ("webhooks list", "webhooks list --json"), {1: "there is no webhook"}
+    ),
+    "webhooks test": Usage(
+        EVENTS,
+        ("webhooks test shop", "webhooks test shop --json"),
+        {3: "it did not take the event"},
+    ),
+    "webhooks enable": Usage(
+        EVENTS,
+        ("webhooks enable shop", "webhooks enable shop --reason 'they repaired it'"),
+        {1: "there is no such webhook, or it is not disabled"},
+    ),
 }
 
 
@@ -188,9 +212,7 @@ class DescribedCommand(TyperCommand):
     """A command whose help ends in its examples and exit statuses."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        if usage := USAGES.get(ctx.command_path.partition(" ")[2]):
-            formatter.write_paragraph()
-            formatter.write(usage.text())
+        _describe(ctx, formatter)
 
     def get_help(self, ctx: Any) -> str:
         return _with_bold_headings(super().get_help(ctx))
@@ -214,8 +236,17 @@ class GroupedCommands(TyperGroup):
                 with formatter.section(group):
                     formatter.write_dl(rows)
 
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        _describe(ctx, formatter)
+
     def get_help(self, ctx: Any) -> str:
         return _with_bold_headings(super().get_help(ctx))
+
+
+def _describe(ctx: Any, formatter: Any) -> None:
+    if usage := USAGES.get(ctx.command_path.partition(" ")[2]):
+        formatter.write_paragraph()
+        formatter.write(usage.text())
 
 
 def _with_bold_headings(text: str) -> str:

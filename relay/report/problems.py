@@ -30,6 +30,7 @@ type Kind = Literal[
     "expiring",
     "certificate_ends",
     "paused_long",
+    "webhook",
     "failures",
 ]
 # In the order in which they are shown.
@@ -39,6 +40,7 @@ CRITICAL = frozenset(
 )
 SLACK = 60.0  # seconds for which mail may be overdue: a worker is starting, or all are busy
 SOON = 6 * 3600.0  # seconds before mail expires
+LATE_EVENTS = 300.0  # seconds that an event may wait for its webhook
 LEAST_FAILURES = 20  # failed deliveries of the last hour that may be a leap
 MIN_FREE_BYTES, MIN_FREE_PART = 1e9, 0.05  # of the disk of the spool
 
@@ -72,6 +74,7 @@ class Problems(Reader):
             *self.uncertain(),
             *self.expiring(),
             *self.pauses(),
+            *self.webhooks(),
             *self.failures(),
         ]
         return sorted(found, key=lambda problem: KINDS.index(problem.kind))
@@ -146,6 +149,23 @@ class Problems(Reader):
                 text,
                 f"qmqp-relay resume --{kind} {shlex.quote(name)}",
             )
+
+    def webhooks(self) -> Iterator[Problem]:
+        """Webhooks, or plugins, that are disabled, or whose events wait for long."""
+        for row in self.read("late_events", late=LATE_EVENTS):
+            name, count = str(row["name"]), int(row["pending"])
+            text = f"{count} events wait for it"
+            if row["disabled_at"]:
+                text += f", and nothing is recorded for it: it is disabled: {row['reason']}"
+                following = f"qmqp-relay webhooks enable {shlex.quote(name)}"
+                yield Problem("webhook", name, row["disabled_at"], count, text, following)
+                continue
+            if row["error"]:
+                text += f": {row['error']}"
+            following = f"qmqp-relay webhooks test {shlex.quote(name)}"
+            if name.startswith("plugin:"):
+                following = "qmqp-relay webhooks list"
+            yield Problem("webhook", name, row["oldest_at"], count, text, following)
 
     def failures(self) -> Iterator[Problem]:
         """Routes, senders and domains whose failures leapt."""

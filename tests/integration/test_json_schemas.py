@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator, FormatChecker
 
+from relay.events.model import NewSubscription
+from relay.events.subscriptions import Subscriptions
 from relay.queue.operations import QueueOperations
+from relay.queue.outcome import Outcome
 from relay.spool.store import Spool
 from tests.acceptance.console import scenario
 from tests.integration.harness import QueueHarness
 from tests.integration.typed import Typed, lines, typed_at
+from tests.integration.webhook_receiver import running_receiver
 from tests.unit.test_usage import COMMANDS
 
 ROOT = Path(__file__).parents[2]
@@ -139,3 +143,19 @@ def test_users(queue: QueueHarness, typed: Typed, tmp_path: Path) -> None:
         check(lines(typed("user", verb, "ann", "--json")), "user")
     check(lines(typed("user", "list", "--json")), "user-list")
     check(lines(typed("user", "remove", "ann", "--json")), "user")
+
+
+def test_events_and_webhooks(
+    queue: QueueHarness, typed: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subscriptions = Subscriptions(queue.database)
+    subscriptions.register([NewSubscription("billing")])
+    queue.complete(queue.claim(queue.accept("x@example.org"))[0], Outcome.DELIVERED)
+    check(lines(typed("events", "--json")), "event")
+    check(lines(typed("events", "replay", "--json")), "replay")
+    check(lines(typed("webhooks", "list", "--json")), "webhook-list")
+    subscriptions.disable("billing", "HTTP 410")
+    check(lines(typed("webhooks", "enable", "billing", "--json")), "webhook")
+    with running_receiver() as receiver:
+        monkeypatch.setenv("RELAY_WEBHOOKS", str(receiver.write_file(tmp_path)))
+        check(lines(typed("webhooks", "test", "billing", "--json")), "webhook-test")

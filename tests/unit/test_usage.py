@@ -20,7 +20,7 @@ def commands() -> Iterator[tuple[str, Any]]:
     def below(words: str, command: Any) -> Iterator[tuple[str, Any]]:
         for name, child in getattr(command, "commands", {}).items():
             yield from below(f"{words} {name}".strip(), child)
-        if not hasattr(command, "commands"):
+        if getattr(command, "invoke_without_command", True):  # a group may be a command too
             yield words, command
 
     yield from below("", typer.main.get_command(main))
