@@ -152,7 +152,7 @@ def test_events_and_webhooks(
     subscriptions.register([NewSubscription("billing")])
     queue.complete(queue.claim(queue.accept("x@example.org"))[0], Outcome.DELIVERED)
     check(lines(typed("events", "--json")), "event")
-    check(lines(typed("events", "replay", "--json")), "replay")
+    check(lines(typed("events", "replay", "--all", "--json")), "replay")
     check(lines(typed("webhooks", "list", "--json")), "webhook-list")
     subscriptions.disable("billing", "HTTP 410")
     check(lines(typed("webhooks", "enable", "billing", "--json")), "webhook")
