@@ -9,12 +9,14 @@ import random
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
 from relay.db.engine import migrate
 from relay.ids import new_id
+from relay.queue.model import Attempt
 from relay.queue.operations import QueueOperations
 from relay.queue.outcome import Outcome
 from relay.spool.store import Spool
@@ -28,41 +30,55 @@ WIDTH, HEIGHT = 1280, 1000
 HOURS = 6
 SERVERS = {"default": ["10.0.0.7:628", "10.0.0.8:628"], "lists": ["10.0.0.9:628"]}
 BUSY = "451 4.3.2 the queue of this server is full, try again later"
+UNKNOWN = "550 5.1.1 no such mailbox"
 DOWN = "connect: Connection refused"
+AWAY = SERVERS["lists"][0]
 
 
 def fill(queue: QueueHarness) -> None:
     """Some hours of mail: most is delivered, some is deferred, one server is down."""
     chance = random.Random(628)
     queue.rescuer.publish_routes(queue.worker, SERVERS)
-    for _ in range(HOURS * 4):
-        queue.pass_time(900)
-        queue.renew(queue.worker)
-        for _ in range(chance.randrange(10, 22)):
-            shop = chance.choice(("shop", "billing", "news"))
-            domain = chance.choice(("example.org", "example.net", "mail.example.com"))
-            queue_id = queue.accept(
-                f"{chance.choice(('ann', 'bob', 'cid', 'dan'))}@{domain}",
-                sender=f"{shop}@example.com",
-            )
-            server = chance.choice(SERVERS["default"])
-            (claim,) = queue.claim(queue_id)
-            if chance.random() < 0.9:
-                queue.complete(claim, Outcome.DELIVERED, reply="Ok: queued", server=server)
-            elif chance.random() < 0.8:
-                queue.complete(claim, Outcome.DEFERRED, reply=BUSY, server=server)
-            else:
-                reply = "550 5.1.1 no such mailbox"
-                queue.complete(claim, Outcome.REJECTED, reply=reply, server=server)
-    for _ in range(40):
-        queue_id = queue.accept("lists:members@lists.example.net", sender="news@example.com")
-        (claim,) = queue.claim(queue_id)
-        queue.complete(claim, Outcome.UNREACHABLE, reply=DOWN, server=SERVERS["lists"][0])
-    queue.pass_time(400)
-    queue.renew(queue.worker)
-    queue.rescuer.publish_open_circuits(queue.worker, {SERVERS["lists"][0]: DOWN})
+    for age in range(HOURS * 3600, 60, -60):
+        sender = f"{chance.choice(('shop', 'billing', 'news'))}@example.com"
+        domain = chance.choice(("example.org", "example.net", "mail.example.com"))
+        address = f"{chance.choice(('ann', 'bob', 'cid', 'dan'))}@{domain}"
+        server, luck = chance.choice(SERVERS["default"]), chance.random()
+        if luck < 0.93:
+            send(queue, age, sender, address, Outcome.DELIVERED, "Ok: queued", server)
+        elif luck < 0.98 and age < 3600:
+            send(queue, age, sender, address, Outcome.DEFERRED, BUSY, server)
+        else:
+            send(queue, age, sender, address, Outcome.REJECTED, UNKNOWN, server)
+    for age in range(2400, 60, -60):
+        address = f"lists:member{age}@lists.example.net"
+        send(queue, age, "news@example.com", address, Outcome.UNREACHABLE, DOWN, AWAY)
+    queue.rescuer.publish_open_circuits(queue.worker, {AWAY: DOWN})
     operations = QueueOperations(queue.database, sends_dsns=True)
     operations.pause("server:10.0.0.8:628", actor="ann@relay", reason="ticket 812: new disk")
+
+
+def send(
+    queue: QueueHarness,
+    age: int,
+    sender: str,
+    address: str,
+    outcome: Outcome,
+    reply: str,
+    server: str,
+) -> None:
+    """A message that was accepted and tried so many seconds ago."""
+    began = f"{int((time.time() - age) * 1000):012x}{new_id()[12:]}"
+    queue_id = queue.accept(address, sender=sender, queue_id=began)
+    (claim,) = queue.claim(queue_id)
+    attempt = Attempt(1, server, outcome, reply, 4096, 0.05, 0.0)
+    queue.complete(claim, outcome, reply=reply, server=server, attempts=[attempt], delay=1800.0)
+    for table, key, columns in (
+        ("messages", "id", ("received_at",)),
+        ("attempts", "queue_id", ("started_at", "finished_at")),
+    ):
+        earlier = ", ".join(f"{column} = {column} - :age * 1000000" for column in columns)
+        queue.change(f"UPDATE {table} SET {earlier} WHERE {key} = @id(:id)", id=queue_id, age=age)
 
 
 def take(file: Path) -> None:
