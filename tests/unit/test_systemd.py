@@ -64,6 +64,13 @@ def test_a_service_is_confined(units: Path, name: str) -> None:
     assert re.search(r"^✓ User=/DynamicUser=", done.stdout, re.M), "not as root"
 
 
+def test_up_may_open_port_25_and_no_other_service_has_a_privilege(units: Path) -> None:
+    for name in SERVICES:
+        done = analyze(units, "security", "--offline=true", "--no-pager", instance(name))
+        allowed = "✗ AmbientCapabilities=" in done.stdout
+        assert allowed == (name == "qmqp-relay-up.service"), done.stdout
+
+
 def test_services_have_known_settings_and_commands() -> None:
     texts = [path.read_text() for path in UNITS.rglob("*") if path.is_file()]
     used = {name for text in texts for name in re.findall(r"\b(RELAY_[A-Z_]+?)(?:_FILE)?=", text)}
