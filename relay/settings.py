@@ -252,6 +252,14 @@ WebAddress = Annotated[
         "{!r} is not the address of the page: write https://relay.example.org/",
     ),
 ]
+# A token of RFC 9110 (5.6.2), with the characters that proxies pass.
+HeaderName = Annotated[
+    str,
+    _checked(
+        re.compile(r"[A-Za-z0-9-]{0,64}").fullmatch,
+        "{!r} is not the name of a header: write X-Remote-User",
+    ),
+]
 PluginEntries = Annotated[
     tuple[PluginEntry, ...],
     NoDecode,
@@ -303,6 +311,9 @@ class Settings(BaseSettings):
     metrics_listen: ListensOrOff = ()
     web_listen: Listens = (("127.0.0.1", 8025),)
     web_url: WebAddress = ""
+    web_session: Duration = 8 * 3600.0
+    web_proxy_networks: ProxyNetworkTexts = ()
+    web_user_header: HeaderName = ""
     health_file: Path | None = None
     tls_certificate: AbsolutePath | None = None
     tls_key: AbsolutePath | None = None
@@ -320,6 +331,14 @@ class Settings(BaseSettings):
     def _key_has_a_certificate(self) -> Self:
         if self.tls_key and not self.tls_certificate:
             raise ValueError("RELAY_TLS_KEY needs RELAY_TLS_CERTIFICATE, the chain of this key")
+        return self
+
+    @model_validator(mode="after")
+    def _header_has_a_proxy(self) -> Self:
+        if self.web_user_header and not self.web_proxy_networks:
+            raise ValueError(
+                "RELAY_WEB_USER_HEADER needs RELAY_WEB_PROXY_NETWORKS, the proxies that set it"
+            )
         return self
 
 

@@ -35,6 +35,11 @@ SELECT name, role, senders, messages_per_minute, created_at, disabled_at, last_s
     password_hash
 FROM users WHERE name IN (SELECT json_array_elements_text(CAST(:names AS json)));
 
+-- name: any_in_roles
+-- A login that may only read runs this too.
+SELECT name FROM users WHERE role IN (SELECT json_array_elements_text(CAST(:roles AS json)))
+LIMIT 1;
+
 -- name: note_seen
 -- A row that another process has locked is being noted there.
 UPDATE users SET last_seen_at = now() WHERE name IN (

@@ -37,6 +37,10 @@ class Role(StrEnum):
     OPERATOR = "operator"
 
 
+PAGE_ROLES = (Role.VIEWER, Role.OPERATOR)
+"""Roles that open the page."""
+
+
 @dataclass(frozen=True, slots=True)
 class User:
     """A row of `users`. `senders` are patterns; `messages_per_minute` is None without a limit;
@@ -159,6 +163,12 @@ class Users:
         with reading(self._engine) as connection:
             found = self._users(connection, "find", names=json.dumps(list(names)))
         return {user.name: user for user in found}
+
+    def exist(self, roles: Iterable[Role]) -> bool:
+        """Whether there is a user in one of these roles, disabled or not."""
+        with reading(self._engine) as connection:
+            rows = self._queries.run(connection, "any_in_roles", roles=json.dumps(list(roles)))
+            return rows.first() is not None
 
     def note_seen(self, names: Iterable[str]) -> None:
         """Record that these users have just been active."""

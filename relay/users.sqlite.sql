@@ -36,6 +36,10 @@ SELECT name, role, senders, messages_per_minute, created_at, disabled_at, last_s
     password_hash
 FROM users WHERE name IN (SELECT value FROM json_each(:names));
 
+-- name: any_in_roles
+-- A login that may only read runs this too.
+SELECT name FROM users WHERE role IN (SELECT value FROM json_each(:roles)) LIMIT 1;
+
 -- name: note_seen
 UPDATE users SET last_seen_at = (SELECT now FROM clock)
 WHERE name IN (SELECT value FROM json_each(:names));

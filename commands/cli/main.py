@@ -228,12 +228,12 @@ def fsck(
 
 @command(main, warn=False)
 def web() -> int:
-    """Serve web pages that show the queue. Read only, on RELAY_WEB_LISTEN."""
+    """Serve a page that shows the queue, on RELAY_WEB_LISTEN. Operators who log in act there."""
     from commands.web.app import run
     from relay.log import configure
-    from relay.settings import Settings, load
+    from relay.settings import SmtpdSettings, load
 
-    settings = load(Settings)
+    settings = load(SmtpdSettings)
     configure(settings)
     return run(settings)
 

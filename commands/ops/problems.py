@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 import typer
+from sqlalchemy import Engine
 
 from commands.errors import DONE, explanation, say
 from commands.ops.show import disk_of, mounted_spool, opened
@@ -56,17 +57,21 @@ def find_problems() -> tuple[list[Problem], int]:
     """Every problem, the most urgent first, and how many deliveries wait."""
     settings = load(SmtpdSettings)
     with opened(settings) as engine:
-        problems = Problems(engine)
-        spool = mounted_spool(settings, QueueReader(engine))
-        disks = [
-            problem
-            for row in disk_of(spool)
-            for problem in disk(row["directory"], row["free_bytes"], row["total_bytes"])
-        ]
-        lag = journal_lag(spool, QueueReader(engine).segments()) if spool else None
-        behind = journal(lag.messages, lag.seconds) if lag else ()
-        found = [*problems.all(), *disks, *behind, *_certificate(settings)]
-        return sorted(found, key=lambda one: KINDS.index(one.kind)), problems.waiting()
+        return problems_of(engine, settings), Problems(engine).waiting()
+
+
+def problems_of(engine: Engine, settings: SmtpdSettings) -> list[Problem]:
+    """The problems of a database and, if it is mounted here, of its spool."""
+    spool = mounted_spool(settings, QueueReader(engine))
+    disks = [
+        problem
+        for row in disk_of(spool)
+        for problem in disk(row["directory"], row["free_bytes"], row["total_bytes"])
+    ]
+    lag = journal_lag(spool, QueueReader(engine).segments()) if spool else None
+    behind = journal(lag.messages, lag.seconds) if lag else ()
+    found = [*Problems(engine).all(), *disks, *behind, *_certificate(settings)]
+    return sorted(found, key=lambda one: KINDS.index(one.kind))
 
 
 def _certificate(settings: SmtpdSettings) -> Iterator[Problem]:

@@ -54,6 +54,7 @@ from relay.spool.store import BodyUnsendable, Spool
 ID_DIGITS = 12  # a table shows the end of an id: these digits are random, and find the message
 POSSIBLY_DELIVERED = (Outcome.UNCERTAIN, Outcome.MALFORMED)
 MAX_WORKERS = 50  # that a table shows
+MAX_HEADER = 64 << 10  # octets of a header that the page shows
 
 
 _CELLS: dict[str, Callable[[Any], str]] = {
@@ -419,6 +420,26 @@ def show_body(end: str, *, header_only: bool) -> int:
             else:
                 sys.stdout.buffer.write(line)
     return DONE
+
+
+def stored_header(queue: QueueReader, settings: Settings, queue_id: str) -> tuple[list[str], bool]:
+    """The lines of the header of a stored message, and whether MAX_HEADER cut it short; raises
+    BodyUnsendable, and OSError for a spool that is not mounted here."""
+    message, spool = queue.message(queue_id), mounted_spool(settings, queue)
+    if spool is None:
+        raise FileNotFoundError("the spool is not mounted here")
+    lines, octets = list[str](), 0
+    with Bodies(spool, queue.engine).stream(
+        message.queue_id, message.size, _place(message)
+    ) as body:
+        for line in body:
+            octets += len(line)
+            if line == b"\n":
+                break
+            if octets > MAX_HEADER:
+                return lines, True
+            lines.append(line.rstrip(b"\n").decode("utf-8", "backslashreplace").expandtabs())
+    return lines, False
 
 
 def journal_rows(settings: Settings, queue: QueueReader) -> list[Row]:

@@ -154,6 +154,7 @@ EXAMPLES: dict[str, Any] = {
     "retention": 0.0,
     "retries": 50,
     "role": "sender",
+    "roles": json.dumps(["sender", "viewer"]),
     "root": 1,
     "route": "default",
     "routes": json.dumps(["default", "other"]),
