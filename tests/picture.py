@@ -70,7 +70,7 @@ def send(
     """A message that was accepted and tried so many seconds ago."""
     began = f"{int((time.time() - age) * 1000):012x}{new_id()[12:]}"
     queue_id = queue.accept(address, sender=sender, queue_id=began)
-    (claim,) = queue.claim(queue_id)
+    (claim,) = queue.claim(queue_id, capacity=dict.fromkeys(SERVERS, 10))
     attempt = Attempt(1, server, outcome, reply, 4096, 0.05, 0.0)
     queue.complete(claim, outcome, reply=reply, server=server, attempts=[attempt], delay=1800.0)
     for table, key, columns in (
