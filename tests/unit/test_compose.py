@@ -261,3 +261,16 @@ def test_the_example_of_an_override_mounts_routes_into_smtpd_and_workers() -> No
     # The entrypoint of docker-compose.yml would write to the routes file.
     assert "RELAY_ROUTES" in SERVICES["worker"]["entrypoint"]
     assert fields(fields(override["services"])["worker"])["entrypoint"] == "[qmqp-relay]"
+
+
+def test_the_override_of_the_page_names_what_compose_has():
+    text = (ROOT / "docker-compose.page.yml").read_text()
+    code = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    web = fields(fields(fields(code)["services"])["web"])
+    assert set(web) == {"environment", "secrets", "volumes"}
+    assert set(web["secrets"].strip("[]").split(", ")) <= set(fields(TOP["secrets"]))
+    assert re.findall(r"- (\w+):", web["volumes"]) == ["spool"]
+    assert "spool" in fields(TOP["volumes"])
+    given = set(re.findall(r"^ +(RELAY_[A-Z_]+):", code, re.MULTILINE))
+    assert given == {"RELAY_DATABASE_URL_FILE", "RELAY_WEB_PROXY_NETWORKS"}
+    assert {name.removesuffix("_FILE") for name in given} <= names()
