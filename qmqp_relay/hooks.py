@@ -98,5 +98,7 @@ QUESTIONS = ("connect", "helo", "mail", "rcpt", "data", "message", "queue")
 """The hooks whose answer counts."""
 NOTICES = ("queue_post", "deny", "reset_transaction", "disconnect")
 """The hooks that are told, and whose answer is ignored."""
+SESSION_HOOKS = frozenset(QUESTIONS + NOTICES)
+"""The hooks of smtpd. A session costs nothing more if no plugin has one of them."""
 WITH_CONTENT = ("message", "queue")
 """The hooks that may read the content, and have more time."""

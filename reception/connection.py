@@ -303,8 +303,7 @@ class MailConnection(asyncio.Protocol, ABC):
         """Asks the plugins about a command."""
         hook, envelope = question.hook, question.envelope
         if envelope is None:
-            arguments = {"session": hooks.session, "name": question.subject}
-            hooks.ask(hook, self._answered, **arguments)
+            hooks.ask(hook, self._answered, session=hooks.session, name=question.subject)
             return
         transaction = hooks.transaction(envelope)
         if hook == "rcpt":
@@ -352,6 +351,8 @@ class MailConnection(asyncio.Protocol, ABC):
         self._extend()
         if verdict is not None and isinstance(verdict.answer, Deny | DenySoft):
             answer = verdict.answer
+            if self._hooks is not None and self.session.envelope is None:
+                self._hooks.end_transaction()  # it was about the sender, or about no transaction
             self._handle(self.session.hook_refused(answer.reply, closes=answer.disconnect))
         else:
             rewritten = recipient.rewritten if recipient is not None else None
