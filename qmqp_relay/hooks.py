@@ -35,7 +35,8 @@ def register(relay: Relay, args: PluginArguments) -> None:
 @hookspec
 def connect(session: Session) -> Answered:
     """A client has connected, and has sent nothing. By SMTP a refusal takes the place of the
-    banner; in both protocols it ends the connection. On a listener with `/tls` it is silent."""
+    banner; in both protocols it ends the connection. On a listener with `/tls` the handshake comes
+    before it."""
 
 
 @hookspec
