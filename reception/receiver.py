@@ -33,6 +33,7 @@ from relay.ids import new_id
 from relay.log import first_line, get_logger, named
 from relay.queue.accept import NewMessage, NewRecipient, encode
 from relay.settings import SmtpdSettings
+from relay.spool.journal.format import MAX_ENVELOPE
 from relay.spool.store import BodyWriter, Spool
 
 BLOCK = 64 * 1024
@@ -41,6 +42,7 @@ MAX_BUFFERED = 8 * BLOCK
 """Octets of one message in memory above which its connection stops reading."""
 THREADS = 8  # for large messages and for removing bodies
 
+_TOO_MANY = "552 5.5.3 Too many recipients"
 _LOCAL_FAULT = "451 4.3.0 Cannot take the message now, try again later"
 
 log = get_logger(__name__)
@@ -334,6 +336,11 @@ class Reception:
         """Has the spooler store the message; `body` is None if its file is synced."""
         self._blocks = []
         rows = self._rows or self._encode(self._size)
+        if len(rows) > MAX_ENVELOPE:
+            self._discard()
+            self._log_fault(f"an envelope of {len(rows)} octets")
+            self._send(_TOO_MANY)
+            return
         routes = tuple(dict.fromkeys(recipient.route for recipient in self._recipients))
         self._request = self._receiver.spooler.store(
             self.id, rows, routes, self._size, body, self._spooled

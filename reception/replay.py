@@ -6,10 +6,12 @@ everything that verifies gets its rows; damage behind the last batch of a segmen
 which no client has heard.
 """
 
+import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from relay.db.engine import is_outage
 from relay.log import first_line, get_logger
@@ -21,7 +23,8 @@ from relay.queue.accept import (
     decode,
     routes_of,
 )
-from relay.spool.journal.adoption import AdoptedSegment
+from relay.spool.journal.adoption import AdoptedSegment, voided_batches
+from relay.spool.journal.contents import contents
 from relay.spool.journal.directory import ADOPTED, JournalDirectory, SegmentFile
 from relay.spool.journal.format import BLOCK, JournalRecord
 from relay.spool.journal.scan import Damage, ScannedBatch, first_void, read_header, scan
@@ -29,16 +32,21 @@ from relay.spool.journal.scan import Damage, ScannedBatch, first_void, read_head
 log = get_logger(__name__)
 MAX_ROWS = 512
 """Messages in a transaction."""
-_SAME_TIME = 1_000_000
-"""Microseconds: messages of one transaction get one time of arrival."""
+MAX_ROWS_OCTETS = 4 << 20
+"""Octets of the envelopes of a transaction above which it takes no further batch."""
+SAME_TIME = 1.0
+"""Seconds: messages of one transaction get one time of arrival."""
+MAX_AGE = 86400.0
+"""Seconds that mail counts as older than its rows, at most: the clock that stamped it may have been
+wrong, and mail that is too old expires at its first failure."""
 
 
 @dataclass(slots=True, eq=False)
 class OpenSegment:
     """A segment that this process owns. Its messages have rows up to `committed` and are written up
-    to `end`; `retired`: nothing more is written to it; `orderly`: what lies behind `end` does not
-    count; nor does anything from `void_from` on. `unreadable_until`: it could not be read, and is
-    tried again then (monotonic)."""
+    to `end`; `count`: those whose bodies stand in it; `retired`: nothing more is written to it;
+    `orderly`: what lies behind `end` does not count; nor does anything from `void_from` on.
+    `unreadable_until`: it could not be read, and is tried again then (monotonic)."""
 
     id: str
     name: str
@@ -57,9 +65,10 @@ class OpenSegment:
     pending: int = 0
     pending_octets: int = 0
 
-    def add(self, ids: Sequence[str], size: int, *, pending: bool = True) -> None:
-        """Count messages whose bodies have `size` octets; `pending`: they have no rows yet."""
-        self.count += len(ids)
+    def add(self, ids: Sequence[str], bodies: int, size: int, *, pending: bool = True) -> None:
+        """Count messages. `bodies` of them stand in the segment; the others have files. `size`:
+        octets of all envelopes and bodies; `pending`: they have no rows yet."""
+        self.count += bodies
         if pending:
             self.pending += len(ids)
             self.pending_octets += size
@@ -69,7 +78,8 @@ class OpenSegment:
 
 @dataclass(slots=True)
 class Chunk:
-    """What one transaction commits."""
+    """What one transaction commits. `arrived`: when the first of it did (monotonic); `damages`:
+    parts of the segment that did not verify."""
 
     segment: OpenSegment
     start: int
@@ -77,7 +87,13 @@ class Chunk:
     messages: list[EncodedMessage]
     hints: list[tuple[str, tuple[str, ...]]]
     size: int
-    age: float
+    arrived: float
+    damages: int = 0
+
+    @property
+    def age(self) -> float:
+        """How long ago it arrived, in seconds."""
+        return min(MAX_AGE, max(0.0, time.monotonic() - self.arrived))
 
 
 def to_replay(acceptor: Acceptor, adopted: AdoptedSegment, void_from: float) -> OpenSegment | None:
@@ -103,29 +119,59 @@ def to_replay(acceptor: Acceptor, adopted: AdoptedSegment, void_from: float) -> 
             if item.position < void_from and item.records:
                 size = sum(map(_octets, item.records))
                 pending = item.position >= segment.committed
-                segment.add([r.queue_id for r in item.records], size, pending=pending)
+                ids, bodies = [r.queue_id for r in item.records], _bodies(item.records)
+                segment.add(ids, bodies, size, pending=pending)
             segment.end = max(segment.end, item.end)
         elif isinstance(item, Damage) and not item.torn:
             segment.end = max(segment.end, item.end)
     return segment
 
 
+class Backlog(NamedTuple):
+    """What waits in segments without an owner: messages, octets of envelopes and bodies, and how
+    many seconds ago the first of it was written."""
+
+    messages: int = 0
+    octets: int = 0
+    seconds: float = 0.0
+
+
+def backlog(directory: JournalDirectory, *, local: bool) -> Backlog:
+    """Counted without the database: every message of each segment that is not marked as sealed, and
+    that `adopt` would take. The segment that was in use last counts as a whole. Raises OSError."""
+    messages = octets = 0
+    oldest, voids = time.time(), voided_batches(directory)
+    for segment in contents(directory):
+        foreign = not local and segment.header.host != socket.gethostname()
+        if segment.copied or segment.file.sealed() or foreign or segment.file.has_owner():
+            continue
+        for batch in segment.batches(voids, verify_bodies=False):
+            if isinstance(batch, ScannedBatch) and batch.records:
+                messages += len(batch.records)
+                octets += sum(map(_octets, batch.records))
+                oldest = min(oldest, batch.header.written_at / 1e6)
+    return Backlog(messages, octets, min(MAX_AGE, time.time() - oldest))
+
+
 def read_chunk(segment: OpenSegment, end: int) -> Chunk:
     """Reads from the file what is committed next, up to `end`: messages that arrived within a
     second of each other."""
-    chunk = Chunk(segment, segment.committed, end, [], [], 0, 0.0)
-    written_at = None
+    chunk = Chunk(segment, segment.committed, end, [], [], 0, time.monotonic())
+    written_at, octets = None, 0
     for item in scan(segment.file, read_header(segment.file), segment.committed, end):
         if isinstance(item, Damage):
-            _log_damage(segment.id, item)
+            chunk.damages += _log_damage(segment.id, item)
             continue
+        size = sum(len(record.envelope) for record in item.records)
         if chunk.messages and written_at is not None:
-            apart = abs(item.header.written_at - written_at) > _SAME_TIME
-            if apart or len(chunk.messages) + len(item.records) > MAX_ROWS:
+            apart = abs(item.header.written_at - written_at) > SAME_TIME * 1e6
+            many = len(chunk.messages) + len(item.records) > MAX_ROWS
+            if apart or many or octets + size > MAX_ROWS_OCTETS:
                 chunk.end = item.position
                 break
+        octets += size
         for damage in item.damages:
-            _log_damage(segment.id, damage)
+            chunk.damages += _log_damage(segment.id, damage)
         if segment.void_from <= item.position:
             continue
         written_at = written_at or item.header.written_at
@@ -136,13 +182,19 @@ def read_chunk(segment: OpenSegment, end: int) -> Chunk:
             chunk.hints.append((record.queue_id, routes_of(record.envelope)))
             chunk.size += _octets(record)
     if written_at is not None:
-        chunk.age = max(0.0, time.time() - written_at / 1e6)
+        chunk.arrived -= max(0.0, time.time() - written_at / 1e6)
     return chunk
 
 
 def _octets(record: JournalRecord) -> int:
-    """The size of a message's body, wherever it stands."""
-    return len(memoryview(record.body)) if record.in_journal else decode(record.envelope).size
+    """The size of a message's envelope and of its body, wherever that stands."""
+    body = len(memoryview(record.body)) if record.in_journal else decode(record.envelope).size
+    return len(record.envelope) + body
+
+
+def _bodies(records: Sequence[JournalRecord]) -> int:
+    """How many bodies stand in these records."""
+    return sum(record.in_journal for record in records)
 
 
 def commit_chunk(acceptor: Acceptor, directory: JournalDirectory, chunk: Chunk) -> None:
@@ -170,6 +222,8 @@ def _open_row(
     if not segment.opened:
         acceptor.open_segment(segment.id, start)
         if not directory.leads_to(segment.name, segment.file):
+            if segment.file.unlinked():  # no process needs the row any more
+                acceptor.close_segment(segment.id, start)
             raise PositionMoved(f"segment {segment.id} was adopted")
         segment.opened = True
 
@@ -177,7 +231,7 @@ def _open_row(
 def seal(acceptor: Acceptor, directory: JournalDirectory, segment: OpenSegment) -> None:
     """Seals a segment that is committed to its end. Raises OSError and the database's errors."""
     if not segment.opened:
-        if not segment.count and first_void(segment.file, read_header(segment.file)) is None:
+        if not segment.least and first_void(segment.file, read_header(segment.file)) is None:
             with suppress(FileNotFoundError):  # another process adopted it
                 directory.unlink(segment.name)  # nothing was ever written to it
             directory.sync()
@@ -187,6 +241,8 @@ def seal(acceptor: Acceptor, directory: JournalDirectory, segment: OpenSegment) 
         except PositionMoved:
             return
     acceptor.seal_segment(segment.id, segment.end, segment.count, segment.least, segment.greatest)
+    with suppress(OSError):
+        segment.file.protect()
 
 
 def replay(acceptor: Acceptor, directory: JournalDirectory, segment: OpenSegment) -> int:
@@ -202,10 +258,11 @@ def replay(acceptor: Acceptor, directory: JournalDirectory, segment: OpenSegment
     return messages
 
 
-def _log_damage(segment: str, damage: Damage) -> None:
-    """A torn tail was never confirmed to a client; anything else is a loss."""
+def _log_damage(segment: str, damage: Damage) -> bool:
+    """Whether it is a loss; a torn tail was never confirmed to a client."""
     fields = {"segment": segment, "position": damage.position, "reason": damage.reason}
     if damage.torn:
         log.warning("segment ends in a torn batch", **fields)
     else:
         log.critical("segment damaged", octets=damage.end - damage.position, **fields)
+    return not damage.torn

@@ -16,8 +16,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-MIN_FREE = 4 * 1024 * 1024
-"""Octets that must stay free on the file system beside a message."""
+from relay.spool.journal.supply import MIN_FREE
+
 UNTRUSTED_SHARE = 4
 """One part in so many is the limit of one untrusted network, and the part of trusted clients."""
 

@@ -40,10 +40,12 @@ from relay.spool.journal.format import SEGMENT_SIZE, JournalRecord, RecordKind
 from relay.spool.journal.supply import SegmentSupply
 from relay.spool.journal.writer import AppendUnknown, JournalWriter
 from relay.spool.mark import SpoolMark
-from relay.spool.store import NETWORK, Spool, file_system
+from relay.spool.store import Spool
 from relay.startup import freeze_memory
 
 MAX_BATCH = 64  # messages
+MAX_BATCH_OCTETS = 4 << 20
+"""Octets of envelopes and bodies above which a batch takes no further message."""
 REPLY_LAG = 1024  # messages
 REPLY_WAIT = 1.0
 """Seconds that a reply waits for the rows of its message."""
@@ -73,6 +75,7 @@ class Spooler:
         self._limit, self._reply_lag, self._mark = limit, reply_lag, mark
         directory = JournalDirectory(spool.handle)
         directory.make()
+        mark.learn_from_journal(unsealed=True)
         self._supply = SegmentSupply(directory, spool.identity, size=segment_size)
         self._writer = JournalWriter(
             directory, self._supply, on_retired=self._retire, segment_size=segment_size
@@ -82,6 +85,8 @@ class Spooler:
         )
         self._decoder = FrameDecoder()
         self._requests: list[StoreRequest] = []  # read, and not stored yet
+        self._octets = 0  # of these
+        self._max_octets = min(MAX_BATCH_OCTETS, segment_size // 4)
         self._sending = threading.Lock()
         self._readable = select.poll()
         self._readable.register(channel, select.POLLIN)
@@ -92,8 +97,7 @@ class Spooler:
         try:
             self._reply([])
             while self._read():
-                batch, self._requests = self._requests[:MAX_BATCH], self._requests[MAX_BATCH:]
-                if batch:
+                if batch := self._next_batch():
                     self._store(batch)
                 self._answer(self._committer.overdue(time.monotonic() - REPLY_WAIT))
         finally:
@@ -107,7 +111,7 @@ class Spooler:
     def _read(self) -> bool:
         """Reads the requests that have arrived; waits for one if there are none, or until a reply
         is due. False at the end."""
-        while len(self._requests) < MAX_BATCH:
+        while len(self._requests) < MAX_BATCH and self._octets < self._max_octets:
             timeout: float | None = 0.0
             if not self._requests:
                 timeout = REPLY_WAIT / 4 * 1000 if self._committer.replies_wait else None
@@ -119,13 +123,28 @@ class Spooler:
                 data = b""
             if not data:
                 return bool(self._requests)
-            self._requests += [StoreRequest(*values) for values in self._decoder.feed(data)]
+            requests = [StoreRequest(*values) for values in self._decoder.feed(data)]
+            self._requests += requests
+            self._octets += sum(map(_octets_to_write, requests))
         return True
+
+    def _next_batch(self) -> list[StoreRequest]:
+        """Takes the requests of one batch, which fits a segment; at least one if there is one."""
+        octets = count = 0
+        for request in self._requests[:MAX_BATCH]:
+            size = _octets_to_write(request)
+            if count and octets + size > self._max_octets:
+                break
+            octets, count = octets + size, count + 1
+        batch, self._requests = self._requests[:count], self._requests[count:]
+        self._octets -= octets
+        return batch
 
     def _store(self, requests: Sequence[StoreRequest]) -> None:
         """Appends a batch, and replies if it need not wait for the rows."""
         lag = self._committer.lag()
-        if lag.octets + sum(request.size for request in requests) > self._limit:
+        size = sum(request.size + len(request.rows) for request in requests)
+        if lag.octets + size > self._limit:
             fault = StoreFault("RELAY_JOURNAL_LIMIT: too much waits for the database")
             self._reply([(request.number, fault) for request in requests])
             return
@@ -155,7 +174,7 @@ class Spooler:
                 for request, position in zip(requests, appended.positions, strict=True)
             ],
             [(request.queue_id, request.routes) for request in requests],
-            sum(request.size for request in requests),
+            size,
             [request.number for request in requests],
         )
         wait = lag.messages >= self._reply_lag
@@ -189,6 +208,11 @@ class Spooler:
             self._channel.sendall(frame(reply))
 
 
+def _octets_to_write(request: StoreRequest) -> int:
+    """What a request adds to a batch, without the overhead of its record."""
+    return len(request.rows) + (0 if request.body is None else request.size)
+
+
 def main() -> None:
     """The process: it reads its settings from standard input; its arguments are the descriptors of
     the socket and of the spool directory."""
@@ -204,9 +228,14 @@ def main() -> None:
         mark = SpoolMark(spool.handle, spool.identity)
         mark.guard(engine)
         acceptor = Acceptor(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
-        local = file_system(settings.spool_dir) not in NETWORK
         spooler = Spooler(
-            channel, spool, acceptor, engine, mark, limit=settings.journal_limit, local=local
+            channel,
+            spool,
+            acceptor,
+            engine,
+            mark,
+            limit=settings.journal_limit,
+            local=spool.is_local,
         )
         freeze_memory()
         spooler.run()

@@ -41,6 +41,8 @@ log = get_logger(__name__)
 RESTART_DELAY = 1.0
 """Seconds before a spooler is restarted that ran for less than MIN_UPTIME."""
 MIN_UPTIME = 10.0  # seconds
+WRITE_TOGETHER = 16
+"""Requests in one write. They are below 64 KiB each, and what is written cannot be withdrawn."""
 HANG_TIMEOUT = 60.0
 """Seconds past RELAY_ACCEPT_DEADLINE after which a missing result proves that the spooler hangs."""
 
@@ -69,6 +71,7 @@ class SpoolerClient(asyncio.Protocol):
     def __init__(
         self, launch: Launch, on_committed: Callable[[list[str], str], None], deadline: float
     ) -> None:
+        self._loop = asyncio.get_running_loop()
         self._launch = launch
         self._on_committed = on_committed
         self._hang_after = deadline + HANG_TIMEOUT
@@ -78,11 +81,12 @@ class SpoolerClient(asyncio.Protocol):
         self._pending: dict[int, _PendingRequest] = {}
         self._unsent: dict[int, bytes] = {}  # frames of those that no spooler has
         self.transport: asyncio.Transport | None = None
-        self._writable = False  # the spooler has started and reads
+        self._ready = False  # the spooler has started
+        self._paused = False  # it does not read
         self._decoder = FrameDecoder()
         self._disconnected = asyncio.Event()
         self._process: asyncio.Task[object] | None = None
-        self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._started: asyncio.Future[None] = self._loop.create_future()
         self._task: asyncio.Task[None] | None = None
         self._closing = False
         self._observe = metrics.group_commit("accept")
@@ -105,8 +109,9 @@ class SpoolerClient(asyncio.Protocol):
         Returns the number of the request."""
         number = next(self._numbers)
         self._pending[number] = _PendingRequest(queue_id, done)
+        if not self._unsent:  # what else this turn of the loop brings goes with it
+            self._loop.call_soon(self._send)
         self._unsent[number] = frame(StoreRequest(number, queue_id, rows, routes, size, body))
-        self._send()
         return number
 
     def withdraw(self, number: int) -> bool:
@@ -140,11 +145,14 @@ class SpoolerClient(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         for values in self._decoder.feed(data):
             reply = SpoolerReply(*values)
-            self.lag = Lag(*reply.lag)
+            lag = Lag(*reply.lag)
+            metrics.JOURNAL_DAMAGES.inc(max(0, lag.damages - self.lag.damages))
+            self.lag = lag
             if not self._started.done():  # the first reply
                 self._started.set_result(None)
-            if not self._writable:
-                self.resume_writing()
+            if not self._ready:
+                self._ready = True
+                self._send()
             for number, fault in reply.results:
                 self._resolve(number, StoreFault(*fault) if fault else None)
             if reply.messages:
@@ -153,22 +161,28 @@ class SpoolerClient(asyncio.Protocol):
                 self._on_committed(ids, route)
 
     def pause_writing(self) -> None:
-        self._writable = False
+        self._paused = True
 
     def resume_writing(self) -> None:
-        self._writable = True
+        self._paused = False
         self._send()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.transport = None
-        self._writable = False
+        self._ready = self._paused = False
+        self.lag = self.lag._replace(damages=0)
         for number in [number for number in self._pending if number not in self._unsent]:
             self._resolve(number, StoreFault("the spooler has died", unknown=True))
         self._disconnected.set()
 
     def _send(self) -> None:
-        while self._unsent and self._writable and self.transport is not None:
-            self.transport.write(self._unsent.pop(next(iter(self._unsent))))
+        """Sends the requests that gathered, one write for many."""
+        while self._unsent and self._ready and not self._paused and self.transport is not None:
+            frames = [
+                self._unsent.pop(number)
+                for number in [*itertools.islice(self._unsent, WRITE_TOGETHER)]
+            ]
+            self.transport.write(b"".join(frames))
 
     def _resolve(self, number: int, result: StoreFault | None) -> None:
         self._unsent.pop(number, None)

@@ -8,7 +8,7 @@ import pickle
 import struct
 from typing import Any, NamedTuple
 
-VERSION = 2
+VERSION = 3
 """A spooler of another version refuses to start."""
 _LENGTH = struct.Struct("=I")
 
@@ -35,11 +35,13 @@ class StoreFault(NamedTuple):
 
 
 class Lag(NamedTuple):
-    """What is in the journal and has no rows yet. `seconds` is the age of the oldest of it."""
+    """What is in the journal and has no rows yet. `seconds` is the age of the oldest of it.
+    `damages`: parts of segments that did not verify, since the spooler began."""
 
     messages: int = 0
     octets: int = 0
     seconds: float = 0.0
+    damages: int = 0
 
 
 class SpoolerReply(NamedTuple):

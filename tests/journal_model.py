@@ -297,7 +297,7 @@ class ModelSpooler:
         elif forced in skip:
             return
         else:
-            one = adopt_one(self.directory, forced + OWNED, local=True, forced=True)
+            one = adopt_one(self.directory, forced + OWNED, local=False, forced=True)
             adopted = [one] if one else []
         voids = voided_batches(self.directory)
         for one in adopted:

@@ -27,6 +27,12 @@ class DamagedBodies:
         known = self._seen.get(queue_id)
         if known is not None and known[0] == place:
             return now - known[1] >= RECHECK
-        self._seen = {other: seen for other, seen in self._seen.items() if now - seen[1] < _FORGET}
+        self._seen.pop(queue_id, None)  # so that the order is that of the times
         self._seen[queue_id] = place, now
+        self._forget(now)
         return False
+
+    def _forget(self, now: float) -> None:
+        """Drop the oldest ones."""
+        while self._seen and now - self._seen[oldest := next(iter(self._seen))][1] >= _FORGET:
+            del self._seen[oldest]

@@ -51,7 +51,9 @@ class ForeignSegment(NamedTuple):
 
 
 def foreign_segments(spool: Spool, acceptor: Acceptor) -> Iterator[ForeignSegment]:
-    """Every segment that another host left and that only an operator can adopt."""
+    """Every segment that another host left and that only an operator can adopt. Where no other
+    machine has the file system, hosts are containers, and the lock of a living one is certain."""
+    local = spool.is_local
     directory, here = JournalDirectory(spool.handle), socket.gethostname()
     voids = voided_batches(directory)
     for segment in contents(directory):
@@ -61,7 +63,7 @@ def foreign_segments(spool: Spool, acceptor: Acceptor) -> Iterator[ForeignSegmen
         if header.host == here:
             continue
         position, sealed = acceptor.position(segment.id)
-        if sealed:
+        if sealed or (local and segment.file.has_owner()):
             continue
         written, messages = header.created_at, 0
         for one in segment.batches(voids, verify_bodies=False):
@@ -99,9 +101,9 @@ def run(*, yes: bool) -> int:
 def _adopt(engine: Engine, spool: Spool, acceptor: Acceptor, found: ForeignSegment) -> bool:
     """Adopt one segment and make its rows."""
     directory = JournalDirectory(spool.handle)
-    adopted = adopt_one(directory, found.name, local=False, forced=True)
+    adopted = adopt_one(directory, found.name, local=spool.is_local, forced=True)
     if adopted is None:
-        say(f"{found.name} is gone: another process has adopted it")
+        say(f"{found.name} is not adopted: another process has it, or has adopted it")
         return False
     try:
         void_from = voided_from(voided_batches(directory), adopted.header.segment)

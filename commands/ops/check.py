@@ -173,7 +173,8 @@ def _journal(settings: Settings, engine: Engine) -> Iterator[CheckResult]:
         text = f"{lag.messages} messages have no rows yet, the oldest for {span(lag.seconds)}"
         yield CheckResult(what, "warn", text, "start smtpd, or read its log")
     elif mark >= known:
-        text = f"{lag.segments} segments, {size(lag.octets_on_disk)}, mark {mark}"
+        segments, octets = spool.journal_usage()
+        text = f"{segments} segments, {size(octets)}, mark {mark}"
         yield CheckResult(what, "ok", text)
     if others := sorted(lag.hosts - {socket.gethostname()}):
         text = f"segments of other hosts are not sealed: {', '.join(others)}"

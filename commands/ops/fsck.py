@@ -244,7 +244,8 @@ class Fsck:
                 ):
                     remedy = "put the file back and release it, or drop it" if held else "hold it"
                     missing = name in fault
-                    what = "body damaged" if place else "body of another size"
+                    damaged = place is not None or "checksum" in fault
+                    what = "body damaged" if damaged else "body of another size"
                     yield Inconsistency(
                         "body missing" if missing else what,
                         fault if missing else f"{name}: {fault}",
@@ -257,7 +258,7 @@ class Fsck:
         """What is wrong with a body; empty if nothing is. Raises SpoolError if the spool itself has
         changed."""
         try:
-            self._body_store.stream(name, size, place).close()
+            self._body_store.verify(name, size, place)
         except BodyUnsendable as error:
             return str(error)
         except OSError as error:

@@ -38,15 +38,19 @@ from relay.settings import WorkerSettings, load
 from relay.spool.journal.adoption import voided_batches
 from relay.spool.journal.contents import SegmentContents, contents, end_of
 from relay.spool.journal.directory import JournalDirectory
-from relay.spool.journal.format import JournalRecord
+from relay.spool.journal.format import JournalRecord, Place
 from relay.spool.journal.scan import Damage, ScannedBatch
 from relay.spool.mark import SpoolMark
 from relay.spool.orphans import MIN_ORPHAN_AGE
+from relay.spool.segments import BodyMove, move_bodies
 from relay.spool.store import Spool
 
 LOST = "held by fsck --rebuild: its rows were missing, so it may have been delivered"
 OLDER = (
     "held by fsck --rebuild: the database is older than the spool, so it may have been delivered"
+)
+PENDING = (
+    "held by fsck --rebuild: the database is older than the spool, so its DSN may have been sent; "
 )
 BATCH = 500
 PROGRESS = 10.0  # seconds
@@ -101,7 +105,8 @@ class Rebuilder:
         self._mark = SpoolMark(spool.handle, spool.identity)
         self._voids = voided_batches(self._directory)
         self._waiting = set[str]()  # messages that the committer is going to insert
-        self.known = max(self._mark.known, self._highest_mark())
+        self._mark.learn_from_journal()
+        self.known = self._mark.known
         self.mark = int(self._ask("mark")[0].mark)
 
     @property
@@ -138,10 +143,10 @@ class Rebuilder:
         return report
 
     def hold_unfinished(self, entry: AuditEntry) -> int:
-        """Hold what an older database believes to be unfinished; the number of deliveries. One that
-        was being sent gets an attempt of unknown outcome."""
+        """Hold what an older database believes to be unfinished, or to need a DSN; the number of
+        deliveries. One that was being sent gets an attempt of unknown outcome."""
         held = 0
-        for name in ("lock_sending", "hold_unfinished"):
+        for name in ("lock_sending", "hold_unfinished", "hold_pending"):
             rows: Sequence[Any] = [None]
             while rows:
                 with writing(self._engine) as connection:
@@ -161,16 +166,6 @@ class Rebuilder:
     def _ask(self, name: str, **parameters: Any) -> list[Any]:
         with reading(self._engine) as connection:
             return list(self._queries.run(connection, name, **parameters))
-
-    def _highest_mark(self) -> int:
-        """The highest mark that a batch carries: the file of the mark may be lost."""
-        marks = [
-            one.header.mark
-            for segment in contents(self._directory)
-            for one in segment.batches(verify_bodies=False)
-            if isinstance(one, ScannedBatch)
-        ]
-        return max(marks, default=0)
 
     def _lacking(self, report: RebuildReport, *, change: bool = False) -> Iterator[Lacking]:
         """Everything that gets rows; notes in the report what does not. `change`: also correct the
@@ -268,17 +263,13 @@ class Rebuilder:
     ) -> None:
         """Point rows to a copy that still point to a segment which is gone."""
         moves = [
-            {
-                "id": dashed(queue_id),
-                "old_segment": dashed(segment),
-                "old_position": position,
-                "position": records[queue_id].position,
-            }
+            BodyMove(queue_id, Place(segment, position), records[queue_id].position)
             for queue_id, (segment, position) in places.items()
             if segment and segment != copy and self._is_gone(segment)
         ]
         if moves:
-            self._change("move_bodies", segment=dashed(copy), moves=json.dumps(moves))
+            with writing(self._engine) as connection:
+                move_bodies(self._engine, connection, copy, moves)
 
     def _is_gone(self, segment: str) -> bool:
         file = self._directory.open_segment(segment)
@@ -296,7 +287,11 @@ def _age(batch: ScannedBatch) -> float:
     return max(0.0, time.time() - batch.header.written_at / 1e6)
 
 
-_REPLY: dict[str, dict[str, str]] = {"lock_sending": {}, "hold_unfinished": {"reply": OLDER}}
+_REPLY: dict[str, dict[str, str]] = {
+    "lock_sending": {},
+    "hold_unfinished": {"reply": OLDER},
+    "hold_pending": {"reply": PENDING},
+}
 
 
 def spool_to_rebuild_from(settings: WorkerSettings, engine: Engine) -> Spool:

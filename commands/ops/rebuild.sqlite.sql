@@ -14,8 +14,10 @@ JOIN messages m ON m.id = x.value
 ORDER BY m.id;
 
 -- name: unfinished
+-- Also those that failed and whose DSN is pending.
 SELECT count(*) AS count FROM deliveries
-WHERE state IN ('queued', 'sending', 'deferred');
+WHERE state IN ('queued', 'sending', 'deferred')
+    OR (state IN ('bounced', 'expired') AND due_at IS NOT NULL);
 
 -- name: lock_sending
 -- Their workers ended before the database was restored.
@@ -28,12 +30,28 @@ LIMIT :most;
 UPDATE deliveries
 SET
     -- event: fsck
-    state = 'held', due_at = NULL, last_reply = :reply,
+    state = 'held', due_at = NULL, warn_at = NULL, last_reply = :reply,
     reason_source = 'operator'
 WHERE (queue_id, number) IN (
     SELECT d.queue_id, d.number
     FROM deliveries d
     WHERE d.state IN ('queued', 'deferred')
+    ORDER BY d.queue_id, d.number
+    LIMIT :most
+)
+RETURNING queue_id, number;
+
+-- name: hold_pending
+-- The DSN may have been sent since the backup. The reason of the failure stays in the text.
+UPDATE deliveries
+SET
+    -- event: fsck with a pending DSN
+    state = 'held', due_at = NULL, finished_at = NULL,
+    last_reply = :reply || coalesce(last_reply, ''), reason_source = 'operator'
+WHERE (queue_id, number) IN (
+    SELECT d.queue_id, d.number
+    FROM deliveries d
+    WHERE d.state IN ('bounced', 'expired') AND d.due_at IS NOT NULL
     ORDER BY d.queue_id, d.number
     LIMIT :most
 )
@@ -50,10 +68,3 @@ WHERE segments.sealed_at IS NULL AND segments.committed_to < excluded.committed_
 INSERT INTO segments (id, committed_to, sealed_at)
 VALUES (:segment, :end, (SELECT now FROM clock))
 ON CONFLICT DO NOTHING;
-
--- name: move_bodies
--- Bodies whose segment is gone and that compaction has copied.
-UPDATE messages SET segment = :segment, position = x.value ->> '$.position'
-FROM json_each(:moves) AS x
-WHERE messages.id = x.value ->> '$.id' AND messages.segment = x.value ->> '$.old_segment'
-    AND messages.position = x.value ->> '$.old_position';

@@ -5,9 +5,15 @@ in a file of its own (both NULL). `backoff_step` becomes `deferrals`: a worker o
 would look for files, so its claims must fail and not misread.
 """
 
+from contextlib import suppress
+
 from alembic import op
+from sqlalchemy import Connection
 
 from migrations.views import drop_views
+from relay.settings import Settings, load
+from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory
+from relay.spool.store import Spool
 
 revision = "0004"
 down_revision = "0003"
@@ -27,9 +33,10 @@ SEGMENTS = """CREATE TABLE segments (
     sparse_since {instant},
     CONSTRAINT segments_key PRIMARY KEY (id)
 )"""
-IN_SEGMENTS = """SELECT count(*) FROM messages m JOIN deliveries d ON d.queue_id = m.id
-WHERE m.segment IS NOT NULL
-    AND (d.state IN ('queued', 'sending', 'deferred', 'held') OR d.due_at IS NOT NULL)"""
+WAITING = """SELECT count(*) FROM deliveries
+WHERE state IN ('queued', 'sending', 'deferred', 'held') OR due_at IS NOT NULL"""
+SEALED = """SELECT replace(CAST(id AS text), '-', '') FROM segments WHERE sealed_at IS NOT NULL"""
+UNSEALED = """SELECT replace(CAST(id AS text), '-', '') FROM segments WHERE sealed_at IS NULL"""
 
 
 def upgrade() -> None:
@@ -55,12 +62,18 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Take them away; refused while mail waits whose body stands in a segment."""
+    """Take them away; refused while mail waits, with rows or without."""
     connection = op.get_bind()
-    if waiting := connection.exec_driver_sql(IN_SEGMENTS).scalar():
+    if waiting := connection.exec_driver_sql(WAITING).scalar():
         raise RuntimeError(
-            f"{waiting} deliveries wait whose bodies stand in the journal, which the earlier"
-            " version cannot read: deliver, bounce or drop them first"
+            f"{waiting} deliveries wait whose bodies stand in segments, or in files that end in a"
+            " trailer. The earlier version cannot read them: deliver, bounce or drop them first"
+        )
+    if unsealed := _unsealed(connection):
+        raise RuntimeError(
+            f"{len(unsealed)} segments of the journal may hold mail that has no rows yet:"
+            f" {', '.join(sorted(unsealed)[:5])}. Start smtpd with the database, and stop it when"
+            " `qmqp-relay stats` shows no lag; it seals its segments then"
         )
     drop_views(connection)
     _rename("deferrals", "backoff_step")
@@ -68,6 +81,19 @@ def downgrade() -> None:
     connection.exec_driver_sql("ALTER TABLE messages DROP COLUMN position")
     connection.exec_driver_sql("ALTER TABLE messages DROP COLUMN segment")
     connection.exec_driver_sql("DROP TABLE segments")
+
+
+def _unsealed(connection: Connection) -> set[str]:
+    """The segments that are not sealed: in the table, and in the spool if it is mounted here."""
+    sealed = {*connection.exec_driver_sql(SEALED).scalars()}
+    unsealed = {*connection.exec_driver_sql(UNSEALED).scalars()}
+    known = "SELECT replace(CAST(id AS text), '-', '') FROM spool"
+    with suppress(OSError):
+        spool = Spool(load(Settings).spool_dir)
+        if spool.identity and spool.identity == connection.exec_driver_sql(known).scalar():
+            names = JournalDirectory(spool.handle).segments(OWNED, ADOPTED)
+            unsealed |= {segment for segment, _ in names} - sealed
+    return unsealed
 
 
 def _rename(old: str, new: str) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 
 from relay.db.schema import REVISION
 from relay.log import first_line, get_logger
@@ -97,6 +97,7 @@ def connect(
         parsed, pool_size=pool, max_overflow=2, connect_args={"timeout": 10}
     )
     event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "checkout", _check_file)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
@@ -123,7 +124,7 @@ def _prepare_hot(connection: Any, _record: Any) -> None:
     connection.commit()
 
 
-def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
+def _prepare_sqlite(connection: sqlite3.Connection, record: Any) -> None:
     connection.isolation_level = None  # only `_begin_sqlite` begins transactions
     for pragma in (
         "journal_mode=WAL",
@@ -132,6 +133,21 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
         "temp_store=MEMORY",
     ):
         connection.execute(f"PRAGMA {pragma}").close()
+    path = Path(connection.execute("PRAGMA database_list").fetchone()[2])
+    record.info["file"] = path, _file_at(path)
+
+
+def _check_file(_connection: sqlite3.Connection, record: Any, _proxy: Any) -> None:
+    """Open the file again if another one has its name: a backup was put there, and what is written
+    to the old file is lost. Raises OSError without a file, which is an outage."""
+    path, file = record.info["file"]
+    if _file_at(path) != file:
+        raise DisconnectionError("another file has the name of the database")
+
+
+def _file_at(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _begin_sqlite(connection: Connection) -> None:

@@ -288,6 +288,11 @@ class Acceptor:
         with writing(self._engine) as connection:
             self._queries.run(connection, "open_segment", segment=dashed(segment), start=start)
 
+    def close_segment(self, segment: str, start: int) -> None:
+        """Remove the row that `open_segment` inserted, unless messages were inserted since."""
+        with writing(self._engine) as connection:
+            self._queries.run(connection, "close_segment", segment=dashed(segment), start=start)
+
     def seal_segment(self, segment: str, end: int, count: int, least: str, greatest: str) -> None:
         """Every message of the segment has its rows, and nothing more is written to it."""
         with writing(self._engine) as connection:

@@ -49,6 +49,10 @@ RETURNING id;
 -- name: open_segment
 INSERT INTO segments (id, committed_to) VALUES (:segment, :start) ON CONFLICT DO NOTHING;
 
+-- name: close_segment
+-- Takes that row back: the file was removed meanwhile, and no message was inserted.
+DELETE FROM segments WHERE id = :segment AND committed_to = :start AND sealed_at IS NULL;
+
 -- name: seal_segment
 -- A segment that is sealed is read and removed, and never written or replayed.
 UPDATE segments SET sealed_at = (SELECT now FROM clock), committed_to = :end, messages = :count,

@@ -139,6 +139,8 @@ TRANSITIONS = tuple(
         ("divided by route", (None,), (State.QUEUED, State.HELD)),
         ("fsck", (State.QUEUED, State.DEFERRED), (State.HELD,)),
         ("fsck", (None,), (State.HELD,)),
+        # The database was restored from a backup: the DSN may have been sent.
+        ("fsck with a pending DSN", (State.BOUNCED, State.EXPIRED), (State.HELD,)),
     )
     for before in sources
     for after in targets

@@ -57,33 +57,32 @@ def uncommitted(
 
 
 class JournalLag(NamedTuple):
-    """What of the journal has no rows yet (`seconds`: since the oldest of it was written), and what
-    the journal takes on the disk. `hosts`: those whose segments are not sealed."""
+    """What of the journal has no rows yet (`seconds`: since the oldest of it was written). `hosts`:
+    those whose segments are not sealed, unless a lock proves that their owner is alive."""
 
     messages: int
     octets: int
     seconds: float
-    segments: int
-    octets_on_disk: int
     hosts: frozenset[str]
 
 
 def journal_lag(spool: Spool, committed: Mapping[str, SegmentPosition]) -> JournalLag:
     """Computed from the files: only what lies behind `committed` is read. Raises OSError."""
     directory = JournalDirectory(spool.handle)
-    messages = octets = segments = on_disk = 0
+    messages = octets = 0
     oldest, hosts, voids = time.time(), set[str](), voided_batches(directory)
     for segment in contents(directory):
-        segments += 1
-        on_disk += segment.file.status().st_blocks * 512
         position = committed.get(segment.id, SegmentPosition(BLOCK, sealed=False))
         if position.sealed or segment.copied:
             continue
-        hosts.add(segment.header.host)
+        if not (segment.file.has_owner() and spool.is_local):
+            hosts.add(segment.header.host)
         for batch in segment.batches(voids, position.committed_to, verify_bodies=False):
             if isinstance(batch, ScannedBatch) and batch.records:
                 messages += len(batch.records)
-                octets += sum(decode(record.envelope).size for record in batch.records)
+                octets += sum(
+                    len(record.envelope) + decode(record.envelope).size for record in batch.records
+                )
                 oldest = min(oldest, batch.header.written_at / 1e6)
     seconds = time.time() - oldest if messages else 0.0
-    return JournalLag(messages, octets, seconds, segments, on_disk, frozenset(hosts))
+    return JournalLag(messages, octets, seconds, frozenset(hosts))

@@ -17,13 +17,15 @@ from typing import BinaryIO
 
 from sqlalchemy import Engine
 
-from qmqp.body import Body, BodyFile
+from qmqp.body import Body, BodyChanged, BodyDamaged, BodyFile, BodyReader
 from relay.db.engine import reading
 from relay.db.sql import Queries
 from relay.ids import dashed
 from relay.spool.journal.format import Place
 from relay.spool.journal.reader import WrongBody
 from relay.spool.store import BodyUnsendable, Spool
+
+_BLOCK = 1 << 20
 
 
 class BodyMisplaced(BodyUnsendable):
@@ -72,6 +74,20 @@ class Bodies:
             if isinstance(body, BodyFile)
             else io.BytesIO(body)
         )
+
+    def verify(self, queue_id: str, size: int, place: Place | None) -> None:
+        """Read the whole body, and compare its checksum if one is known. Raises as `open`."""
+        body = self.open(queue_id, size, place)
+        if not isinstance(body, BodyFile):
+            return  # it was checked
+        try:
+            reader = BodyReader(body, _BLOCK)
+            while not reader.whole:
+                reader.read()
+        except (BodyChanged, BodyDamaged) as error:
+            raise BodyUnsendable(error.strerror) from None
+        finally:
+            body.close()
 
     def place_of(self, queue_id: str) -> Place | None:
         """Where the body of a message stands now; None if a file has it, or there is no row."""

@@ -8,8 +8,8 @@ the relay takes for an outage: smtpd accepts mail into the journal, and workers 
 `qmqp-relay fsck --rebuild` has held what is in doubt.
 
 What must stay true: the file is written after the COMMIT and never before it, so that a COMMIT that
-fails raises no alarm. A lost or older file only weakens the check. It is synced, because segments
-are removed by what the database says.
+fails raises no alarm. File and name are synced, because segments are removed by what the database
+says. A lost file is made again from the marks of the batches.
 """
 
 import os
@@ -22,11 +22,13 @@ from sqlalchemy import Engine, event
 
 from relay.db.engine import OlderDatabase, writing
 from relay.db.sql import Queries
+from relay.ids import new_id
 from relay.log import get_logger
-from relay.spool.journal.directory import DIRECTORY
+from relay.spool.journal.contents import highest_mark
+from relay.spool.journal.directory import DIRECTORY, MARK, NEW, JournalDirectory
 
 log = get_logger(__name__)
-_NAME = f"{DIRECTORY}/mark"
+_NAME = f"{DIRECTORY}/{MARK}"
 _SELECT = "SELECT replace(CAST(id AS text), '-', ''), mark FROM spool"
 
 
@@ -39,6 +41,8 @@ class SpoolMark:
         self._identity = identity
         self._lock = threading.Lock()
         self.known = self._read()
+        if not self.known:
+            self.learn_from_journal()
 
     def guard(self, engine: Engine) -> None:
         """Refuse new connections of this engine to an older database (OlderDatabase)."""
@@ -64,6 +68,12 @@ class SpoolMark:
                 self.known = mark
                 with suppress(OSError):  # a full disk: the next second tries again
                     self._write(mark)
+
+    def learn_from_journal(self, *, unsealed: bool = False) -> None:
+        """Learn the highest mark of the batches, because the file may be lost, or an older one on a
+        disk that was full. Raises OSError."""
+        directory = JournalDirectory(self._spool)
+        self.learn(highest_mark(directory, self._identity, unsealed=unsealed))
 
     def _check(self, connection: Any, _record: Any) -> None:
         # Before the query: others may raise it meanwhile, this process or another one.
@@ -95,10 +105,21 @@ class SpoolMark:
             return 0
 
     def _write(self, mark: int) -> None:
-        temporary = f"{_NAME}.{os.getpid()}"
-        opener = partial(os.open, mode=0o600, dir_fd=self._spool)
-        with open(temporary, "wb", opener=opener) as file:
-            file.write(b"%d\n" % mark)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, _NAME, src_dir_fd=self._spool, dst_dir_fd=self._spool)
+        """Replace the file, unless another process has written a higher mark."""
+        directory = JournalDirectory(self._spool)
+        if self._read() >= mark:
+            return
+        # Not by the process number: processes of several containers may share it. An adopter
+        # removes the file of a process that ended here.
+        temporary = new_id() + NEW
+        file = directory.create(temporary)
+        try:
+            file.write([b"%d\n" % mark], 0)
+            file.sync()
+            directory.rename(temporary, MARK)
+        except OSError:
+            directory.unlink(temporary)
+            raise
+        finally:
+            file.close()
+        directory.sync()

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from relay.db.engine import reading, writing
 from relay.db.sql import Queries
@@ -34,6 +34,7 @@ from relay.spool.journal.format import (
     CHECKSUM_SIZE,
     JournalFormatError,
     JournalRecord,
+    Place,
     SegmentHeader,
     decode_record,
 )
@@ -74,6 +75,31 @@ class CleaningTurn(NamedTuple):
 
     removed: int = 0
     copied: int = 0
+
+
+class BodyMove(NamedTuple):
+    """A body that was copied: its message, its old place, and its position in the copy."""
+
+    queue_id: str
+    old: Place
+    position: int
+
+
+def move_bodies(engine: Engine, connection: Connection, copy: str, moves: list[BodyMove]) -> None:
+    """Point rows to a copy, in the caller's transaction; a row whose body is not at its old place
+    any more stays as it is."""
+    listed = [
+        {
+            "id": dashed(move.queue_id),
+            "old_segment": dashed(move.old.segment),
+            "old_position": move.old.position,
+            "position": move.position,
+        }
+        for move in moves
+    ]
+    Queries(engine, __name__).run(
+        connection, "move_bodies", segment=dashed(copy), moves=json.dumps(listed)
+    )
 
 
 class SegmentStore:
@@ -228,12 +254,7 @@ class SegmentStore:
             self._directory, self._spool, [record for _, _, record in records]
         )
         moves = [
-            {
-                "id": dashed(body.queue_id),
-                "old_segment": dashed(segment),
-                "old_position": body.position,
-                "position": position,
-            }
+            BodyMove(body.queue_id, Place(segment, body.position), position)
             for (segment, body, _), position in zip(records, positions, strict=True)
         ]
         segments = {segment for segment, _, _ in records}
@@ -246,9 +267,7 @@ class SegmentStore:
                 count=len(records),
                 live=sum(body.size for _, body, _ in records),
             )
-            self._queries.run(
-                connection, "move_bodies", segment=dashed(copy), moves=json.dumps(moves)
-            )
+            move_bodies(self._engine, connection, copy, moves)
             self._queries.run(
                 connection, "recheck", ids=json.dumps([dashed(segment) for segment in segments])
             )

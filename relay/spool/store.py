@@ -29,7 +29,7 @@ from qmqp.body import BodyFile
 from relay.db.engine import writing
 from relay.db.sql import Queries
 from relay.ids import dashed, new_id
-from relay.spool.journal.directory import DIRECTORY, JournalDirectory
+from relay.spool.journal.directory import DIRECTORY, MARK, JournalDirectory
 from relay.spool.journal.reader import JournalReader
 from relay.spool.trailer import encode_trailer, read_envelope, read_trailer
 
@@ -370,6 +370,11 @@ class Spool:
             os.utime(root)
         return os.fstat(root).st_mtime
 
+    @property
+    def is_local(self) -> bool:
+        """Whether no other machine has the file system, so that a lock proves what it says."""
+        return file_system(self.directory) not in NETWORK
+
     def free_bytes(self) -> int:
         """The free space of the spool's file system."""
         status = os.fstatvfs(self.handle)
@@ -380,7 +385,7 @@ class Spool:
         sizes = list[int]()
         with suppress(FileNotFoundError), _opened(DIRECTORY, self.handle) as handle:
             for name in os.listdir(handle):
-                if not name.startswith("mark"):
+                if name != MARK:
                     with suppress(FileNotFoundError):  # it was removed or renamed since
                         status = os.stat(name, dir_fd=handle, follow_symlinks=False)
                         sizes.append(status.st_blocks * 512)

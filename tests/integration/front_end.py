@@ -69,6 +69,9 @@ class FakeDatabase:
     def sealed_segments(self) -> set[str]:
         return set()
 
+    def learn_from_journal(self, *, unsealed: bool) -> None:
+        """As a mark."""
+
 
 def decoded(rows: bytes) -> NewMessage:
     """The message of which these are the rows."""

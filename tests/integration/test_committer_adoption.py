@@ -89,6 +89,7 @@ def test_messages_of_a_removed_segment_do_not_come_twice(
     owner.wake_up()
     assert count(queue) == 0
     assert not owner.committed.is_set()
+    assert queue.rows("SELECT id FROM segments") == []
 
 
 def test_a_message_of_an_own_segment_gets_its_row(owner: SleepyOwner, queue: QueueHarness) -> None:

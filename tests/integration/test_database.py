@@ -334,6 +334,35 @@ def test_sqlite_writers_of_several_processes_do_not_stall(sqlite_url: str) -> No
     connection.close()
 
 
+def test_an_sqlite_file_that_was_replaced_is_opened_again(sqlite_url: str) -> None:
+    """A backup was put in its place while the program ran."""
+    path = Path(sqlite_url.removeprefix("sqlite:///"))
+    engine, insert = connect(sqlite_url), text("INSERT INTO spool (id, created_at) VALUES (:id, 0)")
+    with writing(engine) as connection:
+        connection.execute(insert, {"id": dashed(new_id())})
+    backup = path.with_name("backup.db")
+    with sqlite3.connect(path) as source, sqlite3.connect(backup) as target:
+        source.backup(target)
+    source.close()
+    target.close()
+    with writing(engine) as connection:
+        connection.execute(insert, {"id": dashed(new_id())})
+    for end in ("-wal", "-shm"):
+        path.with_name(path.name + end).unlink()
+    backup.replace(path)
+    with reading(engine) as connection:
+        assert connection.execute(text("SELECT count(*) FROM spool")).scalar() == 1
+    path.rename(backup)
+    with pytest.raises(OSError) as raised, reading(engine):
+        pass
+    assert is_outage(raised.value)
+    assert not path.exists(), "no empty database takes its place"
+    backup.rename(path)
+    with writing(engine) as connection:
+        connection.execute(insert, {"id": dashed(new_id())})
+    engine.dispose()
+
+
 def test_a_thread_waits_for_its_turn_to_write(sqlite_url: str) -> None:
     engine = connect(sqlite_url)
     order: list[str] = []

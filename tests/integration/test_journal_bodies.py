@@ -244,6 +244,21 @@ def test_damage_at_another_place_is_another_first_look(
     assert not seen.confirmed(new_id(), place)
 
 
+@pytest.mark.timeout(20)
+def test_a_disk_full_of_damaged_bodies_costs_the_loop_no_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen, now = damaged_bodies.DamagedBodies(), 1000.0
+    monkeypatch.setattr("worker.damaged_bodies.time.monotonic", lambda: now)
+    for number in range(50_000):
+        assert not seen.confirmed(f"{number:032x}", None)
+    now += 3599
+    assert seen.confirmed(f"{0:032x}", None)
+    now += 2
+    assert not seen.confirmed("a", None)
+    assert len(seen._seen) == 1, "all others were seen more than an hour ago"  # noqa: SLF001
+
+
 def test_damaged_body_never_expires(mail: JournalWorkerHarness, quick_recheck: None) -> None:
     """A fault of this machine must not become a bounce."""
     queue_id = mail.accept_one()

@@ -26,6 +26,12 @@ from migrations.tables import VIEW_COLUMNS, metadata
 from migrations.views import VIEWS, create_views
 from relay.db.engine import alembic_config, check_schema, connect, migrate, reading, writing
 from relay.db.schema import REVISION
+from relay.ids import dashed, new_id
+from relay.queue.accept import Acceptor
+from relay.spool.journal.directory import JournalDirectory
+from relay.spool.journal.supply import make_segment
+from relay.spool.store import Spool
+from tests.integration.harness import new_message
 from tests.services import Postgres
 
 NUMBERS = itertools.count(1)
@@ -138,6 +144,59 @@ def test_downgrade_and_upgrade_restore_the_schema(kind: str, new_url: Callable[[
     assert dump(url) == empty
     migrate(url)
     assert dump(url) == there
+
+
+@pytest.fixture
+def journal(
+    kind: str, new_url: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, Engine, Spool]]:
+    """A database with its spool."""
+    url = new_url(kind)
+    migrate(url)
+    monkeypatch.setenv("RELAY_SPOOL_DIR", str(tmp_path / "spool"))
+    engine, spool = connect(url), Spool(tmp_path / "spool")
+    spool.prepare(engine, unsafe=True)
+    yield url, engine, spool
+    engine.dispose()
+
+
+def sealed(engine: Engine, segment: str, *, seal: bool = True) -> None:
+    """A row of a segment."""
+    acceptor = Acceptor(engine, lifetime=1000.0, grace=5.0)
+    acceptor.open_segment(segment, 4096)
+    if seal:
+        acceptor.seal_segment(segment, 4096, 0, "", "")
+
+
+@pytest.mark.parametrize("what", ["without a row", "with a row", "sealed", "another spool"])
+def test_downgrade_is_refused_while_a_segment_may_hold_mail_without_rows(
+    journal: tuple[str, Engine, Spool], what: str
+) -> None:
+    url, engine, spool = journal
+    segment, file = make_segment(JournalDirectory(spool.handle), spool.identity, size=1 << 16)
+    file.close()
+    if what in ("with a row", "sealed"):
+        sealed(engine, segment, seal=what == "sealed")
+    elif what == "another spool":
+        with writing(engine) as connection:
+            connection.execute(text("UPDATE spool SET id = :id"), {"id": dashed(new_id())})
+    if what in ("sealed", "another spool"):
+        command.downgrade(alembic_config(url), "0003")
+        return
+    with pytest.raises(RuntimeError, match=segment):
+        command.downgrade(alembic_config(url), "0003")
+
+
+def test_downgrade_is_refused_while_a_large_message_waits(
+    journal: tuple[str, Engine, Spool],
+) -> None:
+    """Its file ends in a trailer, which the earlier version takes for a part of the body."""
+    url, engine, _ = journal
+    acceptor = Acceptor(engine, lifetime=1000.0, grace=5.0)
+    with writing(engine) as connection:
+        acceptor.insert(connection, [new_message()])
+    with pytest.raises(RuntimeError, match="1 deliveries wait"):
+        command.downgrade(alembic_config(url), "0003")
 
 
 def test_values_of_older_versions_are_renamed(kind: str, new_url: Callable[[str], str]) -> None:

@@ -156,6 +156,35 @@ def test_an_older_database_sends_nothing_in_silence(
     assert typed("fsck", "--rebuild", "--yes").stdout == "", "once"
 
 
+@pytest.mark.parametrize("outcome", [Outcome.REJECTED, Outcome.DEFERRED], ids=["D", "expired"])
+def test_a_dsn_that_was_pending_in_the_backup_is_not_sent_again_in_silence(
+    queue: QueueHarness, spool: Spool, typed: Typed, outcome: Outcome
+) -> None:
+    pending, told = accepted(queue, spool, BODY, BODY)
+    if outcome is Outcome.DEFERRED:
+        queue.change("UPDATE deliveries SET expires_at = @ago(1)")
+    for queue_id in (pending, told):
+        queue.complete(queue.claim(queue_id)[0], outcome)
+    queue.change("UPDATE deliveries SET due_at = NULL WHERE queue_id = @id(:id)", id=told)
+    before = queue.states_of([pending, told])
+    assert before == [before[0]] * 2
+    advance(queue, spool, 5)
+    queue.change("UPDATE spool SET mark = 1")
+    typed("fsck", "--rebuild", "--yes")
+    assert queue.states_of([pending, told]) == ["held", before[1]]
+    (row,) = queue.rows(
+        "SELECT last_reply, finished_at, due_at FROM deliveries WHERE queue_id = @id(:id)",
+        id=pending,
+    )
+    assert row["last_reply"].startswith("held by fsck --rebuild")
+    assert "its DSN may have been sent" in row["last_reply"]
+    assert (row["finished_at"], row["due_at"]) == (None, None)
+    typed("bounce", "--id", pending, "--yes")
+    assert queue.state(pending) == "bounced"
+    due = "SELECT due_at FROM deliveries WHERE due_at IS NOT NULL"
+    assert len(queue.rows(due)) == 1, "the operator has it sent"
+
+
 @pytest.mark.parametrize("options", [(), ("--since", "0s")], ids=["all", "left out"])
 def test_a_segment_that_the_backup_does_not_know_is_not_replayed(
     queue: QueueHarness, spool: Spool, typed: Typed, options: tuple[str, ...]
@@ -275,6 +304,22 @@ def test_segments_of_another_host_are_adopted_by_order(
     assert "no segment of another host" in typed("fsck", "--adopt", status=1).stderr
 
 
+def test_no_order_adopts_what_another_container_of_this_machine_owns(
+    queue: QueueHarness, spool: Spool, typed: Typed, foreign: str
+) -> None:
+    """Its lock is held, and the file system is local."""
+    directory = JournalDirectory(spool.handle)
+    ((_, name),) = directory.segments(OWNED)
+    owner = directory.open(name, write=True)
+    assert owner.lock()
+    assert "no segment of another host" in typed("fsck", "--adopt", "--yes", status=1).stderr
+    assert "segments of other hosts" not in typed("check", status=None).stdout
+    owner.close()
+    assert "segments of other hosts" in typed("check", status=None).stdout
+    typed("fsck", "--adopt", "--yes")
+    assert queue.state(foreign) == "queued"
+
+
 def test_nothing_is_adopted_into_an_older_database(
     queue: QueueHarness, spool: Spool, typed: Typed, foreign: str
 ) -> None:
@@ -326,6 +371,21 @@ def test_fsck_reads_every_record(queue: QueueHarness, spool: Spool, typed: Typed
     assert damaged in place
     assert ids == f"1 messages: {lost}"
     assert queue.state(kept) == "queued"
+
+
+def test_fsck_reads_the_whole_of_a_large_body(
+    queue: QueueHarness, spool: Spool, typed: Typed
+) -> None:
+    queue_id = accepted_in_file(queue, spool)
+    advance(queue, spool)
+    assert fsck_rows(typed) == []
+    with spool.path(queue_id).open("r+b") as file:
+        file.write(b"?")
+    [(found, words)] = fsck_rows(typed)
+    assert found == "body damaged"
+    assert words.startswith(f"{queue_id}: the body has the checksum ")
+    typed("fsck", "--repair", status=None)
+    assert queue.state(queue_id) == "held"
 
 
 def test_fsck_tells_of_rows_that_nobody_makes(

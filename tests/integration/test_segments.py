@@ -82,6 +82,19 @@ def test_a_segment_whose_mail_is_finished_is_removed(harness: SegmentHarness) ->
     assert (harness.files(), harness.rows()) == ([], 0)
 
 
+def test_a_segment_with_a_record_of_a_large_message_is_removed_without_a_scan(
+    harness: SegmentHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spooler = SpoolerHarness(harness.queue, harness.spool, segment_size=1 << 20)
+    requests = [spooler.request(), spooler.request(body=None)]
+    spooler.wait_for_rows(*requests)
+    spooler.finish()
+    harness.finish(*[request.queue_id for request in requests])
+    harness.pass_time(1000)
+    monkeypatch.delattr(SegmentStore, "_needed")
+    assert harness.store.turn() == CleaningTurn(removed=1)
+
+
 @pytest.mark.parametrize("state", ["sending", "deferred", "held", "dsn pending"])
 def test_a_segment_stays_while_a_delivery_needs_it(harness: SegmentHarness, state: str) -> None:
     needed, *others = harness.seal(3)

@@ -35,12 +35,12 @@ from sqlalchemy import create_engine, text
 from reception.policy import Policy
 from reception.receiver import BLOCK, MAX_BUFFERED
 from reception.server import LATE_TICK, Door, FrontEnd
-from reception.space import MIN_FREE
 from relay.db.engine import connect, reading, writing
 from relay.listeners import Listener
 from relay.queue.accept import NewMessage
 from relay.settings import SettingsError, SmtpdSettings, load
 from relay.spool.journal.directory import SegmentFile
+from relay.spool.journal.supply import MIN_FREE
 from relay.spool.store import BodyWriter, Spool
 from smtpd.server import SmtpConnection
 from smtpd.session import ENDLESS
@@ -481,7 +481,7 @@ def test_C23_a_database_that_hangs_costs_no_250(run: Callable[..., SmtpHarness])
 
 
 def test_above_the_limit_of_the_journal_451(run: Callable[..., SmtpHarness]) -> None:
-    running = run(journal_limit=1000)
+    running = run(journal_limit=1800)
     running.database.gate.clear()
     with talking(running) as client:
         client.begin()

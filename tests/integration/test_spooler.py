@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +18,14 @@ import reception.committer
 import reception.replay
 import reception.spooler
 from reception.spooler import Spooler
-from reception.spooler_protocol import FrameDecoder, SpoolerReply, StoreFault, StoreRequest, frame
+from reception.spooler_protocol import (
+    FrameDecoder,
+    Lag,
+    SpoolerReply,
+    StoreFault,
+    StoreRequest,
+    frame,
+)
 from relay.ids import new_id
 from relay.queue.accept import Acceptor, EncodedMessage, PositionMoved, SegmentSpan, encode
 from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory, SegmentFile
@@ -42,6 +50,11 @@ class GatedAcceptor(Acceptor):
         self.fault: Exception | None = None
         self.batches: list[int] = []
 
+    def sealed_segments(self) -> set[str]:
+        if self.fault is not None:
+            raise self.fault
+        return super().sealed_segments()
+
     def commit(self, messages: Any, span: SegmentSpan, *, age: float = 0.0) -> None:
         self.entered.set()
         assert self.gate.wait(20)
@@ -59,6 +72,7 @@ class SpoolerHarness:
         self.ours.settimeout(10)
         self.queue, self.spool = queue, spool
         self.acceptor = GatedAcceptor(queue)
+        self.acceptor.fault = options.pop("fault", None)
         mark = SpoolMark(spool.handle, spool.identity)
         self.spooler = Spooler(
             self.theirs,
@@ -70,8 +84,8 @@ class SpoolerHarness:
         )
         self.frames, self.replies = FrameDecoder(), list[SpoolerReply]()
         self.numbers = iter(range(1, 100_000))
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
         self.receive()
 
     def _run(self) -> None:
@@ -122,8 +136,8 @@ class SpoolerHarness:
 
     def end(self) -> None:
         self.ours.close()
-        self._thread.join(20)
-        assert not self._thread.is_alive()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
 
 
 @contextmanager
@@ -144,6 +158,15 @@ def bound(queue: QueueHarness, spool: Spool) -> Spool:
 def harness(queue: QueueHarness, bound: Spool) -> Iterator[SpoolerHarness]:
     with spooler(queue, bound) as harness:
         yield harness
+
+
+def octets(request: StoreRequest) -> int:
+    """What a request counts for the limit."""
+    return len(request.rows) + request.size
+
+
+def outage() -> OperationalError:
+    return OperationalError("COMMIT", {}, ConnectionResetError())
 
 
 def places(queue: QueueHarness) -> dict[str, Place | None]:
@@ -187,7 +210,43 @@ def test_the_reply_follows_the_sync_and_not_the_database(harness: SpoolerHarness
     assert harness.replies[-1].lag.messages == 1
     harness.acceptor.gate.set()
     harness.wait_for_rows(request)
-    assert harness.replies[-1].lag == (0, 0, 0.0)
+    assert harness.replies[-1].lag == Lag()
+
+
+def test_rows_gather_after_a_batch_of_several(
+    queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception.committer, "GATHER", 1e6)
+    monkeypatch.setattr(reception.committer, "GATHER_MESSAGES", 5)
+    with spooler(queue, bound) as harness:
+        harness.acceptor.gate.clear()
+        first = [harness.request() for _ in range(3)]
+        assert [harness.result(request) for request in first] == [None] * 3
+        harness.acceptor.gate.set()
+        harness.wait_for_rows(*first)
+        later = [harness.request() for _ in range(5)]
+        harness.wait_for_rows(*later)
+        counts = [reply.messages for reply in harness.replies if reply.messages]
+        assert sum(counts) == 8
+        assert counts[-1] == 5, "a batch of several waits for five"
+        more = [harness.request() for _ in range(2)]
+        assert [harness.result(request) for request in more] == [None] * 2
+        harness.finish()
+        assert {request.queue_id for request in more} <= {*harness.committed()}, "at the end too"
+
+
+def test_a_reply_that_waits_for_rows_ends_the_gathering(
+    queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception.committer, "GATHER", 1e6)
+    with spooler(queue, bound, reply_lag=1) as harness:
+        harness.acceptor.gate.clear()
+        first = [harness.request() for _ in range(4)]
+        harness.acceptor.gate.set()
+        harness.wait_for_rows(*first)
+        gathers = harness.request()
+        assert harness.result(gathers) is None
+        harness.wait_for_rows(gathers, harness.request())
 
 
 def test_a_reply_waits_for_its_rows_once_and_then_follows_the_sync(
@@ -211,10 +270,12 @@ def test_a_reply_waits_for_its_rows_once_and_then_follows_the_sync(
 
 
 def test_above_the_limit_nothing_is_stored(queue: QueueHarness, bound: Spool) -> None:
-    with spooler(queue, bound, limit=5 * len(BODY)) as harness:
+    size = len(encode(new_message(size=len(BODY)))) + len(BODY)
+    with spooler(queue, bound, limit=5 * size) as harness:
         harness.acceptor.gate.clear()
-        for _ in range(5):
+        for count in range(1, 6):
             assert harness.result(harness.request()) is None
+            assert harness.replies[-1].lag.octets == count * size
         refused = harness.request()
         fault = harness.result(refused)
         assert fault is not None
@@ -224,6 +285,130 @@ def test_above_the_limit_nothing_is_stored(queue: QueueHarness, bound: Spool) ->
         until(lambda: len(places(queue)) == 5)
         assert harness.result(harness.request()) is None
     assert refused.queue_id not in places(queue)
+
+
+def test_envelopes_count_for_the_limit(queue: QueueHarness, bound: Spool) -> None:
+    """A message of a few octets may have a thousand recipients."""
+    many = [f"{number}@example.org" for number in range(500)]
+    with spooler(queue, bound, limit=1 << 17) as harness:
+        harness.acceptor.gate.clear()
+        assert harness.result(harness.request(*many)) is None
+        fault = harness.result(harness.request(*many))
+        assert fault is not None
+        assert "RELAY_JOURNAL_LIMIT" in fault.reason
+
+
+def test_batches_of_large_envelopes_fit_their_segments(queue: QueueHarness, bound: Spool) -> None:
+    many = [f"{number}@example.org" for number in range(1500)]
+    with spooler(queue, bound, segment_size=1 << 20) as harness:
+        requests = [harness.request(*many) for _ in range(12)]
+        assert all(len(request.rows) > 100_000 for request in requests)
+        assert [harness.result(request) for request in requests] == [None] * 12
+        harness.wait_for_rows(*requests)
+    used = sum(len(request.rows) for request in requests) / (1 << 20)
+    assert len(queue.rows("SELECT id FROM segments")) <= 2 * used + 1, "none is wasted"
+
+
+def test_memory_and_transactions_are_bounded_in_octets(
+    queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = [f"{number}@example.org" for number in range(100)]
+    monkeypatch.setattr(reception.committer, "MAX_HELD_OCTETS", 50_000)
+    for module in (reception.committer, reception.replay):
+        monkeypatch.setattr(module, "MAX_ROWS_OCTETS", 50_000)
+    with spooler(queue, bound, fault=outage()) as harness:
+        requests = []
+        for _ in range(20):  # one batch each
+            requests.append(harness.request(*many))
+            assert harness.result(requests[-1]) is None
+        committer = harness.spooler._committer  # noqa: SLF001
+        assert 0 < sum(batch.in_memory for batch in committer._held) <= 50_000  # noqa: SLF001
+        harness.acceptor.fault = None
+        harness.wait_for_rows(*requests)
+        largest = 50_000 / min(len(request.rows) for request in requests)
+        assert max(harness.acceptor.batches) <= largest
+        assert committer._held_octets == committer._held_messages == 0  # noqa: SLF001
+
+
+def test_without_a_database_the_mail_of_earlier_spoolers_counts_for_the_limit(
+    queue: QueueHarness, bound: Spool
+) -> None:
+    first = SpoolerHarness(queue, bound)
+    sealed = first.request()
+    first.wait_for_rows(sealed)
+    first.finish()
+    second = SpoolerHarness(queue, bound, fault=outage())
+    left = [second.request(), second.request()]
+    assert [second.result(request) for request in left] == [None, None]
+    second.finish()
+    size = sum(map(octets, left))
+    with spooler(queue, bound, fault=outage(), limit=size + octets(left[0])) as third:
+        until(lambda: third.spooler._committer.lag().messages == 2)  # noqa: SLF001
+        assert third.result(third.request()) is None
+        assert third.replies[-1].lag[:2] == (3, size + octets(left[0]))
+        fault = third.result(third.request())
+        assert fault is not None
+        assert "RELAY_JOURNAL_LIMIT" in fault.reason
+        third.acceptor.fault = None
+        third.wait_for_rows(*left)
+        until(lambda: len(places(queue)) == 4)
+        assert third.result(third.request()) is None
+
+
+def test_messages_of_one_transaction_arrived_within_a_second(
+    queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception.committer, "SAME_TIME", 0.0)
+    with spooler(queue, bound, fault=outage()) as harness:
+        requests = []
+        for _ in range(3):
+            requests.append(harness.request())
+            assert harness.result(requests[-1]) is None
+        harness.acceptor.fault = None
+        harness.wait_for_rows(*requests)
+        assert harness.acceptor.batches == [1, 1, 1]
+
+
+def test_rows_that_wait_for_the_database_get_the_time_of_arrival(
+    queue: QueueHarness, bound: Spool
+) -> None:
+    with spooler(queue, bound) as harness:
+        harness.wait_for_rows(harness.request())
+        queue.change("DELETE FROM messages")
+        harness.acceptor.fault = outage()
+        harness.acceptor.entered.clear()
+        request, began = harness.request(), time.monotonic()
+        assert harness.result(request) is None
+        assert harness.acceptor.entered.wait(10), "the transaction was tried"
+        until(lambda: time.monotonic() > began + 0.8)
+        harness.acceptor.fault = None
+        harness.wait_for_rows(request)
+    (row,) = queue.rows("SELECT @since(received_at) AS ago FROM messages")
+    assert row["ago"] >= 0.8
+
+
+def test_damage_of_a_segment_is_told(queue: QueueHarness, bound: Spool) -> None:
+    first = SpoolerHarness(queue, bound, fault=outage())
+    for _ in range(2):
+        assert first.result(first.request()) is None
+    first.finish()
+    ((_, name),) = JournalDirectory(bound.handle).segments(OWNED)
+    JournalDirectory(bound.handle).open(name, write=True).write([b"?"], 4096 + 100)
+    with spooler(queue, bound) as second:
+        until(lambda: len(places(queue)) == 1)
+        assert second.result(second.request()) is None
+        assert second.replies[-1].lag.damages == 1
+
+
+def test_a_spooler_learns_the_mark_of_the_batches(queue: QueueHarness, bound: Spool) -> None:
+    """The disk was full when the file should have been written."""
+    first = SpoolerHarness(queue, bound, fault=outage())
+    first.spooler._mark.known = 7  # noqa: SLF001
+    assert first.result(first.request()) is None
+    first.finish()
+    SpoolMark(bound.handle, bound.identity).learn(3)
+    with spooler(queue, bound, fault=outage()) as second:
+        assert second.spooler._mark.known == 7  # noqa: SLF001
 
 
 def test_an_outage_of_any_length_costs_no_memory_and_no_order(
@@ -280,8 +465,6 @@ def test_a_replay_gives_the_time_of_arrival(queue: QueueHarness, bound: Spool) -
 
 
 def _age_of_segments(spool: Spool) -> float:
-    import time
-
     directory = spool.directory / "journal"
     return time.time() - max(path.stat().st_mtime for path in directory.glob(f"*{OWNED}"))
 
@@ -323,7 +506,7 @@ def test_a_failed_write_is_told_and_never_replayed(
         original = getattr(SegmentFile, call)
 
         def failing(file: SegmentFile, *arguments: Any) -> Any:
-            if next(once, False):
+            if threading.current_thread() is harness.thread and next(once, False):
                 if call == "sync":
                     original(file)  # it is on the disk all the same
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -349,7 +532,7 @@ def test_a_batch_whose_fate_is_unknown_is_told_so(
         calls = iter([True, True])  # the batch, and the batch that would declare it void
 
         def failing(file: SegmentFile) -> None:
-            if next(calls, False):
+            if threading.current_thread() is harness.thread and next(calls, False):
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             original(file)
 

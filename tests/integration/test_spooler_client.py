@@ -3,11 +3,19 @@
 import asyncio
 import socket
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
-from reception.spooler_client import HANG_TIMEOUT, Launch, SpoolerClient, SpoolerError
+from reception.spooler_client import (
+    HANG_TIMEOUT,
+    WRITE_TOGETHER,
+    Launch,
+    SpoolerClient,
+    SpoolerError,
+)
 from reception.spooler_protocol import (
     FrameDecoder,
     Lag,
@@ -93,6 +101,29 @@ def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reception.spooler_client.RESTART_DELAY", 0.05)
 
 
+def test_requests_of_one_turn_of_the_loop_are_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        client = ClientHarness(working)
+        await client.spooler.start()
+        transport = client.spooler.transport
+        assert transport is not None
+        writes = list[bytes]()
+
+        def write(data: bytes) -> None:
+            writes.append(data)
+            transport.write(data)
+
+        counting = SimpleNamespace(write=write, write_eof=transport.write_eof)
+        monkeypatch.setattr(client.spooler, "transport", counting)
+        for _ in range(WRITE_TOGETHER):
+            client.store()
+        assert await client.wait_for(WRITE_TOGETHER) == [None] * WRITE_TOGETHER
+        assert len(writes) == 1
+        await client.spooler.close(10)
+
+    asyncio.run(run())
+
+
 def test_start_raises_if_the_first_spooler_cannot_start() -> None:
     async def run() -> None:
         with pytest.raises(SpoolerError, match="no process to spare"):
@@ -153,6 +184,72 @@ def test_what_no_spooler_has_read_can_be_withdrawn_and_memory_is_bounded() -> No
         assert len(await client.wait_for(8)) == 8
 
     asyncio.run(run())
+
+
+def test_a_reply_of_a_spooler_that_reads_nothing_sends_it_nothing_more() -> None:
+    go, sent = asyncio.Event(), list[int]()
+
+    async def talking(channel: socket.socket) -> object:
+        """It reads nothing, and sends a reply."""
+        with channel:
+            channel.sendall(STARTED)
+            await go.wait()
+            channel.sendall(frame(SpoolerReply([(sent[0], None)], {}, 0, 0.0, Lag())))
+            return await asyncio.Event().wait()
+
+    async def run() -> None:
+        client = ClientHarness(talking)
+        await client.spooler.start()
+        transport = client.spooler.transport
+        assert transport is not None
+        sent.extend(client.store(bytes(1 << 20)) for _ in range(8))
+        await asyncio.sleep(0)  # a turn of the loop, which sends them
+        held = transport.get_write_buffer_size()
+        waiting = [client.store(bytes(1 << 20)) for _ in range(3)]
+        go.set()
+        assert await client.wait_for(1) == [None]
+        assert transport.get_write_buffer_size() <= held
+        assert all(client.spooler.withdraw(number) for number in waiting)
+        await client.spooler.close(0.1)
+
+    asyncio.run(run())
+
+
+def test_damage_is_counted_over_all_spoolers() -> None:
+    def telling(damages: int) -> Launch:
+        async def spooler(channel: socket.socket) -> object:
+            with channel:
+                channel.sendall(STARTED)
+                for count in range(damages + 1):
+                    channel.sendall(frame(SpoolerReply([], {}, 0, 0.0, Lag(damages=count))))
+                return 0
+
+        return spooler
+
+    async def run() -> None:
+        third = asyncio.Event()
+
+        async def last(channel: socket.socket) -> object:
+            third.set()
+            return await working(channel)
+
+        client = ClientHarness(telling(2), telling(1), last)
+        before = _damages()
+        await client.spooler.start()
+        async with asyncio.timeout(10):
+            await third.wait()
+        assert _damages() - before == 3
+        await client.spooler.close(10)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reception.spooler_client.RESTART_DELAY", 0.05)
+        asyncio.run(run())
+
+
+def _damages() -> float:
+    value = REGISTRY.get_sample_value("relay_journal_damages_total")
+    assert value is not None
+    return value
 
 
 def test_every_result_is_delivered_although_one_callback_raises() -> None:

@@ -6,10 +6,11 @@ from sqlalchemy.exc import OperationalError
 
 from commands.ops import check
 from relay.metrics import QueueMetrics
+from relay.queue.accept import encode
 from relay.report.queries import QueueReader
 from relay.spool.mark import SpoolMark
 from relay.spool.store import Spool
-from tests.integration.harness import QueueHarness
+from tests.integration.harness import QueueHarness, new_message
 from tests.integration.test_rebuild import accepted, left_by_a_dead_spooler
 from tests.integration.test_spooler import BODY
 from tests.integration.typed import Typed, lines, typed_at
@@ -72,8 +73,9 @@ def test_the_journal_answers_while_the_database_is_away(
 def test_the_lag_and_the_disk_are_shown(queue: QueueHarness, spool: Spool, typed: Typed) -> None:
     accepted(queue, spool, BODY)
     left_by_a_dead_spooler(queue, spool)
+    size = len(encode(new_message(size=len(BODY)))) + len(BODY)
     (row,) = [row for row in lines(typed("stats", "--json")) if row["kind"] == "journal"]
-    assert (row["messages"], row["bytes"], row["segments"]) == (1, len(BODY), 2)
+    assert (row["messages"], row["bytes"], row["segments"]) == (1, size, 2)
     assert row["lag_seconds"] > 0
     assert row["disk"] > 0
     assert "lag_seconds" in typed("stats").stdout

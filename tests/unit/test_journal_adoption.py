@@ -2,6 +2,7 @@
 
 import os
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -129,9 +130,10 @@ def test_a_network_file_system_gives_only_segments_of_the_own_host(
 
 
 def test_an_order_adopts_a_segment_although_its_lock_is_held(directory: JournalDirectory) -> None:
+    """On a network file system the server may keep the lock of a host that is gone."""
     segment, file = make_segment(directory, SPOOL, size=SMALL)
-    assert adopt_one(directory, segment + OWNED, local=True) is None
-    forced = adopt_one(directory, segment + OWNED, local=True, forced=True)
+    assert adopt_one(directory, segment + OWNED, local=False) is None
+    forced = adopt_one(directory, segment + OWNED, local=False, forced=True)
     assert forced is not None
     assert directory.leads_to(segment + ADOPTED, file)
     assert not directory.leads_to(segment + OWNED, file)
@@ -144,6 +146,44 @@ def test_a_segment_that_another_process_took_first_is_left_alone(
     assert adopt_one(directory, new_id() + OWNED, local=True) is None
     directory.rename(segment + OWNED, segment + ADOPTED)
     assert adopt_one(directory, segment + OWNED, local=True) is None
+
+
+def test_no_order_takes_a_segment_from_a_living_owner_of_this_machine(
+    directory: JournalDirectory,
+) -> None:
+    segment, file = make_segment(directory, SPOOL, size=SMALL)
+    assert adopt_one(directory, segment + OWNED, local=True, forced=True) is None
+    assert directory.leads_to(segment + OWNED, file)
+
+
+def test_an_owner_is_seen_by_its_lock(directory: JournalDirectory) -> None:
+    segment, file = make_segment(directory, SPOOL, size=SMALL)
+    other = directory.open(segment + OWNED)
+    assert other.has_owner()
+    assert not file.has_owner()
+    file.close()
+    assert not other.has_owner()
+    assert adopted_ids(directory) == [segment], "to ask took no lock"
+
+
+def test_a_sealed_segment_that_a_new_database_does_not_know_is_adopted(
+    directory: JournalDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment, original = abandoned(directory), os.open
+    directory.open(segment + OWNED, write=True).protect()
+    assert directory.open(segment + OWNED).sealed()
+
+    def strict(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        """As for a user who is not root."""
+        handle = original(path, flags & ~os.O_RDWR, mode, dir_fd=dir_fd)
+        writable = os.fstat(handle).st_mode & stat.S_IWUSR
+        os.close(handle)
+        if flags & os.O_RDWR and not writable:
+            raise PermissionError(path)
+        return original(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", strict)
+    assert adopted_ids(directory) == [segment]
 
 
 class MovingDirectory(JournalDirectory):

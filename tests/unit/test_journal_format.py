@@ -19,6 +19,7 @@ from relay.spool.journal.format import (
     SegmentHeader,
     VoidedBatch,
     aligned,
+    batch_size,
     decode_batch_header,
     decode_record,
     decode_segment_header,
@@ -80,7 +81,7 @@ def test_a_batch_decodes_to_what_was_encoded(
     key = bytes.fromhex(segment)
     parts, bodies, end = encode_batch(key, position, batch, mark=mark, written_at=at)
     octets = joined(parts)
-    assert len(octets) == end - position == aligned(len(octets))
+    assert len(octets) == end - position == aligned(len(octets)) == batch_size(batch)
     header = decode_batch_header(key, position, octets[:BLOCK])
     assert header[1:] == (len(batch), mark, at, BatchKind.RECORDS)
     assert header.next_position(position) == end

@@ -14,7 +14,7 @@ from relay.spool.journal.adoption import voided_batches
 from relay.spool.journal.directory import ADOPTED, NEW, OWNED, JournalDirectory, SegmentFile
 from relay.spool.journal.format import BLOCK, JournalRecord, VoidedBatch
 from relay.spool.journal.scan import ScannedBatch, first_void, read_header, scan
-from relay.spool.journal.supply import SegmentSupply, make_segment
+from relay.spool.journal.supply import MIN_FREE, SegmentSupply, make_segment
 from relay.spool.journal.writer import AppendFailed, AppendUnknown, JournalWriter
 from tests.journal_records import (
     SMALL,
@@ -105,7 +105,7 @@ def test_what_was_appended_is_found(directory: JournalDirectory) -> None:
     for round_ in range(24):
         records = [message(100 * round_ + k) for k in range(round_ % 3 + 1)]
         batch = writer.append(records, mark=round_)
-        assert batch.first == (batch.segment not in written)
+        assert (batch.start == BLOCK) == (batch.segment not in written)
         written.setdefault(batch.segment, []).extend(records)
         file = writer.files[batch.segment]
         for record, position in zip(records, batch.positions, strict=True):
@@ -144,7 +144,11 @@ def test_a_batch_that_is_larger_than_a_segment_is_refused(directory: JournalDire
     with pytest.raises(AppendFailed) as raised:
         writer.append([message(SMALL)])
     assert raised.value.errno == errno.EFBIG
+    assert directory.names() == [], "it costs no segment"
     assert writer.append([message()]).start == BLOCK
+    with pytest.raises(AppendFailed):
+        writer.append([message(SMALL)])
+    assert writer.append([message()]).start > BLOCK, "in the same segment"
 
 
 def assert_void(directory: JournalDirectory, writer: JournalWriter, failed: VoidedBatch) -> None:
@@ -155,7 +159,6 @@ def assert_void(directory: JournalDirectory, writer: JournalWriter, failed: Void
     assert first_void(file, read_header(file)) == failed
     batch = writer.append([message()])
     assert batch.segment == file_id(file)
-    assert batch.first
     assert batch.start == 2 * BLOCK
 
 
@@ -234,7 +237,7 @@ def test_a_batch_whose_void_failed_is_unknown(
     next_one = writer.append([message()])
     assert next_one.segment not in retired
     assert next_one.segment != first.segment
-    assert next_one.first
+    assert next_one.start == BLOCK
 
 
 def test_a_segment_that_cannot_be_made_is_a_failure(broken: BrokenDirectory) -> None:
@@ -244,7 +247,7 @@ def test_a_segment_that_cannot_be_made_is_a_failure(broken: BrokenDirectory) -> 
         writer.append([message()])
     assert raised.value.errno == errno.ENOSPC
     assert not retired
-    assert writer.append([message()]).first
+    assert writer.append([message()]).start == BLOCK
     assert not voided_batches(broken)
 
 
@@ -256,7 +259,7 @@ def test_a_full_segment_stays_retired_when_the_next_one_fails(broken: BrokenDire
         with pytest.raises(AppendFailed):
             writer.append([message(4 * BLOCK)])
     assert retired == {first.segment: True}
-    assert writer.append([message(4 * BLOCK)]).first
+    assert writer.append([message(4 * BLOCK)]).start == BLOCK
 
 
 def test_an_adopted_segment_gives_no_reply(directory: JournalDirectory) -> None:
@@ -300,7 +303,7 @@ def test_a_batch_that_was_adopted_before_its_void_is_unknown(broken: BrokenDirec
     with pytest.raises(AppendUnknown):
         writer.append([message()])
     assert retired[first.segment] is False
-    assert writer.append([message()]).first
+    assert writer.append([message()]).start == BLOCK
 
 
 def test_a_retired_segment_keeps_its_lock_until_it_is_closed(directory: JournalDirectory) -> None:
@@ -458,9 +461,44 @@ def test_a_segment_is_taken_although_no_thread_can_be_started(
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
-        supply.take()
+        for _ in range(2):
+            supply.take()
+    supply.close()
+
+
+class NearlyFullDirectory(JournalDirectory):
+    """A file system with so many octets free."""
+
+    free = 0
+
+    def free_octets(self) -> int:
+        return self.free
+
+
+def test_a_segment_leaves_the_room_that_is_kept_free(tmp_path: Path) -> None:
+    directory = NearlyFullDirectory(os.open(tmp_path, os.O_RDONLY))
+    directory.make()
+    supply = SegmentSupply(directory, "ab" * 16, size=SMALL)
+    directory.free = MIN_FREE + SMALL - 1
+    for _ in range(2):
         with pytest.raises(OSError) as raised:
             supply.take()
-    assert raised.value.errno == errno.EAGAIN
+        assert raised.value.errno == errno.ENOSPC
+    assert directory.names() == []
+    directory.free += 1
+    supply.take()
+    supply.close()
+
+
+def test_a_segment_that_could_not_be_made_ahead_is_made_when_it_is_needed(tmp_path: Path) -> None:
+    """The disk was full then."""
+    directory = NearlyFullDirectory(os.open(tmp_path, os.O_RDONLY))
+    directory.make()
+    supply = SegmentSupply(directory, "ab" * 16, size=SMALL)
+    supply.prepare()
+    ready = supply._next  # noqa: SLF001
+    assert ready is not None
+    assert isinstance(ready.exception(10), OSError)
+    directory.free = 1 << 40
     supply.take()
     supply.close()

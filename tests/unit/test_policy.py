@@ -17,8 +17,9 @@ from reception.policy import (
     connected_networks,
     qmqp_networks,
 )
-from reception.space import MIN_FREE, FreeSpace, SpaceClaim
+from reception.space import FreeSpace, SpaceClaim
 from relay.settings import SettingsError, SmtpdSettings, load
+from relay.spool.journal.supply import MIN_FREE
 from smtpd.addresses import parse_recipient
 
 

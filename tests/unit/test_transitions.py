@@ -45,9 +45,10 @@ def test_only_sending_becomes_delivered() -> None:
     assert [state for state in State if State.DELIVERED in successors(state)] == [State.SENDING]
 
 
-def test_final_states_stay_unless_a_bounce_is_reclassified() -> None:
+def test_final_states_stay_unless_a_bounce_is_reclassified_or_its_dsn_is_uncertain() -> None:
     assert {state: successors(state) for state in FINAL if successors(state)} == {
-        State.BOUNCED: {State.DEFERRED}
+        State.BOUNCED: {State.DEFERRED, State.HELD},
+        State.EXPIRED: {State.HELD},
     }
     assert successors(State.SPLIT) == {State.BOUNCED}, "in the transaction that could not split it"
 

@@ -63,7 +63,8 @@ def adopt_one(
     directory: JournalDirectory, name: str, *, local: bool, forced: bool = False
 ) -> AdoptedSegment | None:
     """Adopt one segment by its name; None if it has an owner, or is no segment. `forced`: an
-    operator says that its owner has ended. Raises OSError.
+    operator says that its owner, on another host, has ended; where several hosts have the file
+    system, that counts more than a lock. Raises OSError.
 
     The owner may have ended between its write and its sync, so the segment is synced before it is
     read: rows never refer to octets that a power failure may take away.
@@ -77,7 +78,7 @@ def adopt_one(
         if header.segment != PurePath(name).stem:
             raise JournalFormatError(f"the file has the header of segment {header.segment}")
         ours = local or forced or header.host == socket.gethostname()
-        if ours and (file.lock() or forced):
+        if ours and (file.lock() or (forced and not local)):
             if name.endswith(OWNED):
                 directory.rename(name, header.segment + ADOPTED)
                 directory.sync()

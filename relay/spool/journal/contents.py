@@ -12,7 +12,7 @@ from pathlib import PurePath
 from relay.spool.journal.adoption import voided_from
 from relay.spool.journal.directory import ADOPTED, COPY, OWNED, JournalDirectory, SegmentFile
 from relay.spool.journal.format import BLOCK, JournalFormatError, SegmentHeader, VoidedBatch
-from relay.spool.journal.scan import Damage, ScannedBatch, read_header, scan
+from relay.spool.journal.scan import Damage, ScannedBatch, batch_headers, read_header, scan
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,16 @@ def contents(directory: JournalDirectory) -> Iterator[SegmentContents]:
             yield SegmentContents(name, header, file, fault)
         finally:
             file.close()
+
+
+def highest_mark(directory: JournalDirectory, spool: str, *, unsealed: bool = False) -> int:
+    """The highest mark that a batch of a spool carries; 0 without one. `unsealed`: in segments that
+    are not sealed, which are few. Raises OSError."""
+    marks = [0]
+    for segment in contents(directory):
+        if segment.header.spool in ("", spool) and not (unsealed and segment.file.sealed()):
+            marks += (batch.mark for batch in batch_headers(segment.file, segment.header))
+    return max(marks)
 
 
 def end_of(items: list[ScannedBatch | Damage], start: int = BLOCK) -> int:

@@ -19,6 +19,8 @@ from pathlib import PurePath
 
 NEW, OWNED, ADOPTED, COPY = ".new", ".segment", ".adopted", ".copy"
 DIRECTORY = "journal"
+MARK = "mark"
+"""The name of the file with the mark of the spool (`relay.spool.mark`)."""
 _ID = re.compile("[0-9a-f]{32}")
 _ZEROS = bytes(1 << 20)
 _NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # Linux: read only what is in the page cache
@@ -64,6 +66,15 @@ class SegmentFile:
         """The size of the file."""
         return os.fstat(self._handle).st_size
 
+    def protect(self) -> None:
+        """Mark the segment as sealed: take away the permission to write. A reader without a
+        database then knows it (`sealed`)."""
+        os.fchmod(self._handle, stat.S_IRUSR)
+
+    def sealed(self) -> bool:
+        """Whether the segment was marked as sealed. A crash may have come before the mark."""
+        return not self.status().st_mode & stat.S_IWUSR
+
     def unlinked(self) -> bool:
         """Whether the file has no name any more."""
         return os.fstat(self._handle).st_nlink == 0
@@ -75,6 +86,16 @@ class SegmentFile:
         except BlockingIOError:
             return False
         return True
+
+    def has_owner(self) -> bool:
+        """Whether another process has the lock. Takes it for a moment if none has, shared: two
+        that ask do not see each other. Raises OSError."""
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        fcntl.flock(self._handle, fcntl.LOCK_UN)
+        return False
 
     def status(self) -> os.stat_result:
         """Device and inode tell whether a name still leads to this file."""
@@ -125,7 +146,15 @@ class JournalDirectory:
     def open(self, name: str, *, write: bool = False) -> SegmentFile:
         """Open a file; raises FileNotFoundError and other OSErrors."""
         flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC
-        return SegmentFile(os.open(self._path(name), flags, dir_fd=self._spool))
+        try:
+            handle = os.open(self._path(name), flags, dir_fd=self._spool)
+        except PermissionError:
+            if not write:
+                raise
+            # It was sealed, in a database that was lost since.
+            os.chmod(self._path(name), stat.S_IRUSR | stat.S_IWUSR, dir_fd=self._spool)
+            handle = os.open(self._path(name), flags, dir_fd=self._spool)
+        return SegmentFile(handle)
 
     def open_segment(self, segment: str) -> SegmentFile | None:
         """Open a segment to read it, under any of its names; None if it has none."""
@@ -146,6 +175,11 @@ class JournalDirectory:
         """Make the names durable."""
         with self._opened() as handle:
             os.fsync(handle)
+
+    def free_octets(self) -> int:
+        """The free space of the file system."""
+        status = os.fstatvfs(self._spool)
+        return status.f_bavail * status.f_frsize
 
     def leads_to(self, name: str, file: SegmentFile) -> bool:
         """Whether a name is still that of this open file."""

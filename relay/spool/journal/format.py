@@ -22,6 +22,8 @@ BLOCK = 4096
 """Octets. Batches start at multiples of it: a disk writes whole sectors, so no write of a later
 batch can damage an earlier one."""
 SEGMENT_SIZE = 16 << 20
+MAX_ENVELOPE = 8 << 20
+"""Octets. With the largest body that stands in a record, such an envelope fits a segment."""
 ENVELOPE_VERSION = 1
 _SEGMENT = struct.Struct("<8sI16s16sQB64s")
 _HOST_SIZE = 64
@@ -178,6 +180,12 @@ def _decode_header_copy(block: bytes, position: int) -> SegmentHeader:
         raise JournalFormatError("the header is damaged")
     name = host.rstrip(b"\0").decode(errors="replace")
     return SegmentHeader(segment.hex(), spool.hex(), created_at, name, bool(copy))
+
+
+def batch_size(records: Sequence[JournalRecord]) -> int:
+    """The octets that a batch of these records takes, with its padding."""
+    sizes = (len(record.envelope) + len(memoryview(record.body)) for record in records)
+    return aligned(BATCH_HEADER + RECORD_OVERHEAD * len(records) + sum(sizes))
 
 
 def encode_batch(

@@ -123,6 +123,19 @@ def scan(
         position, written_at = behind, batch.written_at
 
 
+def batch_headers(file: SegmentFile, header: SegmentHeader) -> Iterator[BatchHeader]:
+    """The header of each batch, without its records. Raises OSError."""
+    segment, size, position = bytes.fromhex(header.segment), file.size(), BLOCK
+    while position < size:
+        try:
+            batch = decode_batch_header(segment, position, file.read(BATCH_HEADER, position))
+        except JournalFormatError:
+            position = _next_batch(file, segment, position + BLOCK, size) or size
+            continue
+        yield batch
+        position = batch.next_position(position)
+
+
 def _void_of(
     segment: bytes, position: int, octets: bytes
 ) -> tuple[VoidedBatch | None, list[tuple[int, int, str]]]:

@@ -1,8 +1,9 @@
 """Makes segments ahead of need, in a thread: one is always ready.
 
 A segment is filled with zeros and synced before its name says that it may be written, so a crash
-leaves at most a `.new` file, which the next owner removes. What must stay true: a failure is told
-to the one who takes the next segment, and the next `take` tries again.
+leaves at most a `.new` file, which the next owner removes. What must stay true: a segment leaves
+MIN_FREE octets of the file system free; `take` itself tries again if the segment that should be
+ready could not be made, and raises only the error of that second try.
 """
 
 import errno
@@ -20,6 +21,9 @@ from relay.spool.journal.format import (
     SegmentHeader,
     encode_segment_header,
 )
+
+MIN_FREE = 4 << 20
+"""Octets that stay free on the file system."""
 
 
 def make_segment(
@@ -58,7 +62,7 @@ class SegmentSupply:
         future: Future[tuple[str, SegmentFile]] = Future()
         self._next = future
         thread = threading.Thread(
-            target=self._make, args=(future,), name="segment-supply", daemon=True
+            target=self._fulfil, args=(future,), name="segment-supply", daemon=True
         )
         try:
             thread.start()
@@ -67,11 +71,13 @@ class SegmentSupply:
 
     def take(self) -> tuple[str, SegmentFile]:
         """The next segment; raises OSError."""
-        if self._next is None:
-            self.prepare()
-        assert self._next is not None
-        future, self._next = self._next, None
-        result = future.result()
+        ready, self._next = self._next, None
+        try:
+            result = self._make() if ready is None else ready.result()
+        except OSError:
+            if ready is None:
+                raise
+            result = self._make()  # the disk may have been full when it was prepared
         self.prepare()
         return result
 
@@ -83,8 +89,13 @@ class SegmentSupply:
                 self._directory.unlink(segment + OWNED)
                 file.close()
 
-    def _make(self, future: "Future[tuple[str, SegmentFile]]") -> None:
+    def _fulfil(self, future: "Future[tuple[str, SegmentFile]]") -> None:
         try:
-            future.set_result(make_segment(self._directory, self._spool, size=self._size))
+            future.set_result(self._make())
         except BaseException as error:
             future.set_exception(error)
+
+    def _make(self) -> tuple[str, SegmentFile]:
+        if self._directory.free_octets() < self._size + MIN_FREE:
+            raise OSError(errno.ENOSPC, "no room for a segment")
+        return make_segment(self._directory, self._spool, size=self._size)

@@ -23,6 +23,7 @@ from relay.spool.journal.format import (
     SEGMENT_SIZE,
     JournalRecord,
     VoidedBatch,
+    batch_size,
     encode_batch,
     encode_void,
 )
@@ -39,14 +40,12 @@ class AppendUnknown(Exception):
 
 
 class AppendedBatch(NamedTuple):
-    """Where a batch stands. `positions` are those of the bodies; `first` tells that the segment
-    begins with this batch."""
+    """Where a batch stands. `positions` are those of the bodies."""
 
     segment: str
     start: int
     end: int
     positions: list[int]
-    first: bool
 
 
 class SegmentSource(Protocol):
@@ -80,7 +79,6 @@ class JournalWriter:
         self._clock = clock
         self.segment = ""  # none yet
         self.position = 0
-        self._start = 0  # of the segment's first records
         self.files: dict[str, SegmentFile] = {}  # of the segments that this process owns
 
     def append(self, records: Sequence[JournalRecord], *, mark: int = 0) -> AppendedBatch:
@@ -90,17 +88,17 @@ class JournalWriter:
         if file is None:  # it was closed because another process adopted it
             self.segment = ""
         if file is None or not (batch := self._encode(records, mark))[2] <= self._size:
+            if BLOCK + batch_size(records) > self._size:
+                raise AppendFailed(errno.EFBIG, "a batch that is larger than a segment")
             file = self._rotate()
             batch = self._encode(records, mark)
-            if batch[2] > self._size:
-                raise AppendFailed(errno.EFBIG, "a batch that is larger than a segment")
         parts, positions, end = batch
         segment, start = self.segment, self.position
         try:
             self._write(file, parts, end)
         except OSError as error:
             self._void(VoidedBatch(segment, start), file, error, mark)
-        return AppendedBatch(segment, start, end, positions, start == self._start)
+        return AppendedBatch(segment, start, end, positions)
 
     def close_segment(self, segment: str) -> None:
         """Close the file of a segment, which releases its lock, but not before a write to it that
@@ -134,7 +132,7 @@ class JournalWriter:
     def _open_next(self) -> SegmentFile:
         self.segment, file = self._supply.take()
         self.files[self.segment] = file
-        self.position = self._start = BLOCK
+        self.position = BLOCK
         return file
 
     def _write(self, file: SegmentFile, parts: Sequence[Buffer], end: int) -> None:
@@ -161,7 +159,6 @@ class JournalWriter:
             segment = bytes.fromhex(self.segment)
             void = encode_void(segment, self.position, failed, mark=mark, written_at=written_at)
             self._write(file, [void], self.position + BLOCK)
-            self._start = self.position
             # An adopter renames first and reads the voids then, so it sees this one if the name is
             # still there. Otherwise it may have made rows of the batch already.
             if not self._directory.leads_to(failed.segment + OWNED, failed_file):
