@@ -154,7 +154,7 @@ def plugin_session(plugins: str, **settings: Any) -> Iterator[PluginClient]:
             **{"hostname": HOSTNAME, "state_dir": Path(directory), "plugins": plugins} | settings,
         )
         loaded = load(made)
-        server = _Server(made, loaded)
+        server = _PluginServer(made, loaded)
         try:
             client = PluginClient(server.address, server.messages)
             try:
@@ -206,7 +206,7 @@ class _Accepting:
         """A message is stored at once."""
 
 
-class _Server:
+class _PluginServer:
     """A front end in a thread."""
 
     def __init__(self, settings: SmtpdSettings, plugins: Plugins | None) -> None:
