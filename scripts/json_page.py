@@ -15,7 +15,7 @@ PAGE = DOCS / "json.md"
 # The order of the page: commands that look, that change, that check, and those for users.
 ORDER = (
     *("list", "count", "show", "uncommitted", "why", "stats", "problems", "actions"),
-    *("operation", "pause", "check", "probe", "fsck", "rebuild", "user-list", "user"),
+    *("operation", "pause", "check", "probe", "plugin", "fsck", "rebuild", "user-list", "user"),
     *("event", "replay", "webhook-list", "webhook-test", "webhook"),
 )
 BEGIN = "<!-- made by scripts/json_page.py: begin -->\n"

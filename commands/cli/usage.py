@@ -153,6 +153,11 @@ USAGES: Mapping[str, Usage] = {
             3: "it is out of reach",
         },
     ),
+    "plugins": Usage(
+        CHECK,
+        ("plugins", "plugins --json"),
+        {1: "there is no plugin", 2: "a plugin cannot be used"},
+    ),
     "fsck": Usage(
         CHECK,
         ("fsck", "fsck --repair", "fsck --rebuild --since 2h"),

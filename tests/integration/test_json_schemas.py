@@ -159,3 +159,12 @@ def test_events_and_webhooks(
     with running_receiver() as receiver:
         monkeypatch.setenv("RELAY_WEBHOOKS", str(receiver.write_file(tmp_path)))
         check(lines(typed("webhooks", "test", "billing", "--json")), "webhook-test")
+
+
+def test_plugins(typed: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "from qmqp_relay import hookimpl\n\n@hookimpl\ndef connect(session):\n    pass\n"
+    )
+    monkeypatch.setenv("RELAY_PLUGINS", str(plugin))
+    check(lines(typed("plugins", "--json")), "plugin")
