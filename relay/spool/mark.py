@@ -40,9 +40,8 @@ class SpoolMark:
         self._spool = spool
         self._identity = identity
         self._lock = threading.Lock()
-        self.known = self._read()
-        if not self.known:
-            self.learn_from_journal()
+        # A lost file is not made here: the user of a command may be another one than smtpd's.
+        self.known = self._read() or highest_mark(JournalDirectory(spool), identity)
 
     def guard(self, engine: Engine) -> None:
         """Refuse new connections of this engine to an older database (OlderDatabase)."""
@@ -70,10 +69,13 @@ class SpoolMark:
                     self._write(mark)
 
     def learn_from_journal(self, *, unsealed: bool = False) -> None:
-        """Learn the highest mark of the batches, because the file may be lost, or an older one on a
-        disk that was full. Raises OSError."""
-        directory = JournalDirectory(self._spool)
-        self.learn(highest_mark(directory, self._identity, unsealed=unsealed))
+        """Write the highest mark of the batches to the file, which may be lost, or an older one
+        because the disk was full. Raises OSError if the journal cannot be read."""
+        found = highest_mark(JournalDirectory(self._spool), self._identity, unsealed=unsealed)
+        with self._lock:
+            self.known = max(self.known, found)
+            with suppress(OSError):
+                self._write(self.known)
 
     def _check(self, connection: Any, _record: Any) -> None:
         # Before the query: others may raise it meanwhile, this process or another one.
@@ -105,7 +107,7 @@ class SpoolMark:
             return 0
 
     def _write(self, mark: int) -> None:
-        """Replace the file, unless another process has written a higher mark."""
+        """Replace the file, unless it has this mark or a higher one."""
         directory = JournalDirectory(self._spool)
         if self._read() >= mark:
             return

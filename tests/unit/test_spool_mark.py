@@ -91,14 +91,17 @@ def test_a_lost_mark_is_made_again_from_the_batches(
     for number in (4, 6, 5):
         writer.append([message()], mark=number)
     header = read_header(writer.files[writer.segment])
-    SpoolMark(spool, header.spool).learn(6)
+    SpoolMark(spool, header.spool).learn_from_journal()
     if lost:
         directory.unlink(MARK)
     else:
         with open(MARK, "wb", opener=lambda _, flags: os.open("journal/mark", flags, dir_fd=spool)):
             pass
     assert SpoolMark(spool, "cd" * 16).known == 0, "the batches of another spool do not count"
-    assert SpoolMark(spool, header.spool).known == 6
+    mark = SpoolMark(spool, header.spool)
+    assert mark.known == 6
+    assert (MARK in directory.names()) is not lost, "a command writes nothing"
+    mark.learn_from_journal(unsealed=True)
     assert content(directory) == b"6\n"
 
 
