@@ -18,6 +18,7 @@ from reception.authentication import Authenticator
 from reception.hooks import HookHost
 from reception.listeners import SystemdSockets
 from reception.policy import Policy, qmqp_networks
+from reception.rate_recorder import RateRecorder
 from reception.receiver import THREADS, DiskThreads, Receiver
 from reception.server import Door, FrontEnd
 from reception.spooler_client import SpoolerClient, launcher
@@ -102,6 +103,9 @@ async def _serve(
     )
     size_limit = partial(offered_size, settings.max_message_size, routes)
     authenticator = Authenticator(loop, settings.database_url)
+    recorder = RateRecorder(loop, state.engine)
+    for door, _listeners in doors:
+        door.policy.on_rate_exceeded = recorder.note
     hooks = HookHost(plugins, routes.names) if plugins is not None and plugins.hooks else None
     server = FrontEnd(
         loop, settings, receiver, size_limit, authenticator, last_descriptor, certificate, hooks
@@ -132,6 +136,7 @@ async def _serve(
     if plugins is not None:
         await plugins.stop()
     await authenticator.close()
+    await recorder.close()
     await spooler.close(5.0)
     await loop.run_in_executor(None, threads.close, 5.0)
     await loop.run_in_executor(None, hints.close)

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import sqlalchemy
 from celery import Celery, Task, signals
 from celery.concurrency import get_implementation
 from celery.concurrency.thread import TaskPool
@@ -28,6 +29,9 @@ from celery.exceptions import SecurityWarning
 from relay import metrics
 from relay.db.engine import DatabaseError, retry_until_available
 from relay.dsn.generator import DsnGenerator
+from relay.events.outbox import Outbox
+from relay.events.subscriptions import Subscriptions
+from relay.events.webhooks import Webhook, load_webhooks
 from relay.hints import QUEUES, RETRY, TASK, Hints, celery_app
 from relay.log import configure, get_logger
 from relay.queue.claim import WorkerQueue
@@ -44,6 +48,8 @@ from worker.cleaner import Cleaner
 from worker.consumer import LARGEST
 from worker.delivery import report_failure
 from worker.engine import RECORDING_TIME, Engine
+from worker.event_receiver import EventReceiver
+from worker.notifier import CONCURRENCY, Notifier
 from worker.periodic import PeriodicThread
 from worker.rerouter import Rerouter
 from worker.segment_cleaner import SegmentCleaner
@@ -113,13 +119,14 @@ class WorkerProcess:
         servers.pauses = retry_until_available(rescuer.paused)
         self.engine = Engine(settings, queue, state.spool, routes, servers=servers)
         hints = Hints(self.app, RETRY, settings.batch_size)
-        parts = (
+        parts: tuple[PeriodicThread | Hints | Notifier, ...] = (
             Sweeper(settings, rescuer, generator, self.engine, hints),
             Cleaner(settings, state.engine, state.spool),
             SegmentCleaner(settings, state.engine, state.spool),
             Rerouter(rescuer, operations, routes),
             SpoolKeeper(state.engine, state.spool, mark),
             hints,
+            *_notifiers(settings, state.engine),
         )
         # Celery installs its own handler later. A SIGTERM before that would make uncertain what the
         # engine is sending.
@@ -134,7 +141,7 @@ class WorkerProcess:
         ).start()
         freeze_memory()
 
-    def _drain(self, engine: Engine, parts: Sequence[PeriodicThread | Hints]) -> None:
+    def _drain(self, engine: Engine, parts: Sequence[PeriodicThread | Hints | Notifier]) -> None:
         self._stop_requested.wait()
         limit = self.settings.drain_timeout + 2 * RECORDING_TIME
         timer = threading.Timer(limit, _leave, args=("the drain took too long",))
@@ -179,6 +186,25 @@ class WorkerProcess:
         if self.engine is not None:
             self._stop_requested.set()
             self._drained.wait()
+
+
+def _notifiers(settings: WorkerSettings, engine: sqlalchemy.Engine) -> Sequence[Notifier]:
+    """The notifier, if there is a receiver of events. Its subscriptions are registered here, before
+    mail flows, so that it gets every event of this worker."""
+    webhooks = load_webhooks(settings)
+    if not webhooks:
+        return ()
+    subscriptions = Subscriptions(engine)
+    wanted = [webhook.subscription for webhook in webhooks]
+    retry_until_available(lambda: subscriptions.register(wanted))
+    return (Notifier(Outbox(engine), subscriptions, lambda: _receivers(webhooks)),)
+
+
+def _receivers(webhooks: Sequence[Webhook]) -> Sequence[EventReceiver]:
+    """A client of each webhook; imported here, because most workers have none."""
+    from worker.webhook_client import WebhookClient
+
+    return [WebhookClient(webhook, connections=CONCURRENCY) for webhook in webhooks]
 
 
 def _refuse(reason: str) -> NoReturn:
