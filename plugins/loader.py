@@ -33,7 +33,7 @@ from relay.settings import Settings, SettingsError
 log = get_logger(__name__)
 BUNDLED = "plugins.bundled"
 GROUP = "qmqp_relay"
-HOOKS = ("register", *hooks.QUESTIONS, *hooks.NOTICES)
+HOOKS = ("register", *hooks.QUESTIONS, *hooks.NOTICES, *hooks.IN_WORKER)
 _OURS = {__file__, registration.__file__}
 
 

@@ -13,6 +13,7 @@ from functools import partial
 
 from plugins.loader import load as load_plugins
 from plugins.runner import Plugins
+from qmqp_relay.hooks import IN_WORKER
 from qmqpd.server import QmqpConnection
 from reception.authentication import Authenticator
 from reception.hooks import HookHost
@@ -106,7 +107,8 @@ async def _serve(
     recorder = RateRecorder(loop, state.engine)
     for door, _listeners in doors:
         door.policy.on_rate_exceeded = recorder.note
-    hooks = HookHost(plugins, routes.names) if plugins is not None and plugins.hooks else None
+    in_sessions = plugins is not None and plugins.hooks - {*IN_WORKER}
+    hooks = HookHost(plugins, routes.names) if plugins is not None and in_sessions else None
     server = FrontEnd(
         loop, settings, receiver, size_limit, authenticator, last_descriptor, certificate, hooks
     )

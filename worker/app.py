@@ -26,6 +26,7 @@ from celery.concurrency import get_implementation
 from celery.concurrency.thread import TaskPool
 from celery.exceptions import SecurityWarning
 
+from plugins.runner import Plugins
 from relay import metrics
 from relay.db.engine import DatabaseError, retry_until_available
 from relay.dsn.generator import DsnGenerator
@@ -51,6 +52,8 @@ from worker.engine import RECORDING_TIME, Engine
 from worker.event_receiver import EventReceiver
 from worker.notifier import CONCURRENCY, Notifier
 from worker.periodic import PeriodicThread
+from worker.plugin_receiver import HOOK as EVENT_HOOK
+from worker.plugin_receiver import receiving
 from worker.rerouter import Rerouter
 from worker.segment_cleaner import SegmentCleaner
 from worker.spool_keeper import SpoolKeeper
@@ -93,6 +96,7 @@ class WorkerProcess:
         settings = self.settings
         try:
             routes = Routes.load(settings)
+            plugins = _plugins_with_events(settings)
             state = ready(settings)
         except (SettingsError, DatabaseError, SpoolError) as error:
             _refuse(str(error))
@@ -126,7 +130,7 @@ class WorkerProcess:
             Rerouter(rescuer, operations, routes),
             SpoolKeeper(state.engine, state.spool, mark),
             hints,
-            *_notifiers(settings, state.engine),
+            *_notifiers(settings, state.engine, plugins),
         )
         # Celery installs its own handler later. A SIGTERM before that would make uncertain what the
         # engine is sending.
@@ -188,20 +192,41 @@ class WorkerProcess:
             self._drained.wait()
 
 
-def _notifiers(settings: WorkerSettings, engine: sqlalchemy.Engine) -> Sequence[Notifier]:
+def _plugins_with_events(settings: WorkerSettings) -> Plugins | None:
+    """The plugins, if one of them has the hook `event`. Raises SettingsError."""
+    from plugins.loader import load as load_plugins
+
+    plugins = load_plugins(settings)
+    return plugins if plugins is not None and EVENT_HOOK in plugins.hooks else None
+
+
+def _notifiers(
+    settings: WorkerSettings, engine: sqlalchemy.Engine, plugins: Plugins | None
+) -> Sequence[Notifier]:
     """The notifier, if there is a receiver of events. Its subscriptions are registered here, before
     mail flows, so that it gets every event of this worker."""
     webhooks = load_webhooks(settings)
-    if not webhooks:
+    hooked = receiving(plugins) if plugins is not None else []
+    if not webhooks and not hooked:
         return ()
     subscriptions = Subscriptions(engine)
     wanted = [webhook.subscription for webhook in webhooks]
+    wanted += [receiver.subscription for receiver in hooked]
     retry_until_available(lambda: subscriptions.register(wanted))
-    return (Notifier(Outbox(engine), subscriptions, lambda: _receivers(webhooks)),)
+    return (
+        Notifier(
+            Outbox(engine),
+            subscriptions,
+            lambda: [*_clients(webhooks), *hooked],
+            stop=plugins.stop if plugins is not None else None,
+        ),
+    )
 
 
-def _receivers(webhooks: Sequence[Webhook]) -> Sequence[EventReceiver]:
+def _clients(webhooks: Sequence[Webhook]) -> Sequence[EventReceiver]:
     """A client of each webhook; imported here, because most workers have none."""
+    if not webhooks:
+        return ()
     from worker.webhook_client import WebhookClient
 
     return [WebhookClient(webhook, connections=CONCURRENCY) for webhook in webhooks]

@@ -16,7 +16,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 
@@ -208,18 +208,21 @@ def _finished(claimed: ClaimedEvent, result: SendResult, *, last: bool) -> Finis
 
 
 class Notifier(threading.Thread):
-    """The thread of all couriers. `open_receivers` makes the receivers, on the event loop."""
+    """The thread of all couriers. `open_receivers` makes the receivers, on the event loop; `stop`
+    ends what they share."""
 
     def __init__(
         self,
         outbox: Outbox,
         subscriptions: Subscriptions,
         open_receivers: Callable[[], Sequence[EventReceiver]],
+        stop: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         super().__init__(name="notifier", daemon=True)
         self._outbox = outbox
         self._subscriptions = subscriptions
         self._open = open_receivers
+        self._stop_receivers = stop
         self._loop = asyncio.new_event_loop()
         self._closing = asyncio.Event()
         # One thread, so that events never take more than one connection from mail.
@@ -241,6 +244,8 @@ class Notifier(threading.Thread):
             for receiver in receivers
         ]
         await asyncio.gather(self._renew(receivers), *map(self._deliver, couriers))
+        if self._stop_receivers is not None:
+            await self._stop_receivers()
         await self._loop.shutdown_default_executor()
 
     async def _renew(self, receivers: Sequence[EventReceiver]) -> None:

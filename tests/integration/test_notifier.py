@@ -1,6 +1,7 @@
 """Events reach webhooks at least once, signed, in order for each message, whatever the receiver
 does."""
 
+import asyncio
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from relay.events.outbox import EventFilter, Outbox
+from relay.events.outbox import EventFilter, FinishedEvent, Outbox, Report
 from relay.events.subscriptions import Subscriptions
 from relay.events.webhooks import load_webhooks
 from relay.queue.outcome import Outcome
@@ -275,6 +276,28 @@ def test_claim_of_a_worker_that_died_is_taken_over(
     with mail.notifying():
         mail.until_done()
     assert by_message(mail.receiver) == {queue_id: ["accepted", "deferred", "delivered"]}
+
+
+def test_event_that_was_posted_and_not_recorded_comes_again_with_its_id(mail: Mail) -> None:
+    mail.deliver()
+    (claimed,), _ = mail.outbox.claim("billing", 16)
+
+    async def post_and_die() -> None:
+        client = WebhookClient(mail.webhooks[0], connections=1)
+        assert not (await client.send(claimed.event)).error
+        await client.close()
+
+    asyncio.run(post_and_die())
+    mail.queue.change("UPDATE notifications SET due_at = @ago(1) WHERE claim IS NOT NULL")
+    with mail.notifying():
+        mail.until_done()
+    ids = [one.id for one in mail.receiver.received]
+    assert ids[0] == ids[1] == claimed.event.id
+    assert len(ids) == len(set(ids)) + 1 == 4
+    late = FinishedEvent(claimed, Report.DONE)
+    sum(mail.outbox.replay(EventFilter(), None))
+    mail.outbox.finish("billing", [late])
+    assert mail.pending() == 3, "what the dead worker reports late changes nothing"
 
 
 def test_worker_that_stops_gives_its_claims_back(
