@@ -51,12 +51,18 @@ class SpoolMark:
         """Raise the mark by one; the new value. Raises the database's errors, and OlderDatabase if
         the database was restored under a connection that lives on."""
         known = max(self.known, self._read())
-        with writing(engine) as connection:
-            mark = int(Queries(engine, __name__).run(connection, "advance").scalar() or 0)
-        if mark <= known and known:
+        try:
+            with writing(engine) as connection:
+                mark = int(Queries(engine, __name__).run(connection, "advance").scalar() or 0)
+                if mark <= known and known:
+                    # Rolled back: several processes would lift it above what the spool knows.
+                    log.critical("database older than the spool", mark=mark - 1, known=known)
+                    raise OlderDatabase(
+                        "the database is older than the spool: run `fsck --rebuild`"
+                    )
+        except OlderDatabase:
             engine.dispose()  # new connections are refused by `guard`
-            log.critical("database older than the spool", mark=mark, known=known)
-            raise OlderDatabase("the database is older than the spool: run `fsck --rebuild`")
+            raise
         self.learn(mark)
         return mark
 
