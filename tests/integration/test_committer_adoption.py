@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-import reception.committer
 from reception.committer import JournalCommitter, WrittenBatch
 from relay.queue.accept import EncodedMessage, encode
-from relay.spool.journal.adoption import AdoptedSegment
+from relay.spool.journal.adoption import AdoptedSegment, adopt
 from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory
 from relay.spool.journal.format import JournalRecord, RecordKind
 from relay.spool.journal.supply import make_segment
@@ -111,7 +110,7 @@ def test_a_void_that_is_written_just_before_the_adoption_counts(
     """Its clients heard 451, and the owner ends before the adopter looks for locks."""
     spool.prepare(queue.database, unsafe=True)
     owner.supply.spool = spool.identity
-    segment, original = owner.append(), reception.committer.adopt
+    segment = owner.append()
 
     def fail() -> None:
         raise OSError(errno.EIO, "the sync failed")
@@ -123,9 +122,9 @@ def test_a_void_that_is_written_just_before_the_adoption_counts(
                 owner.append()
             for one in [*owner.writer.files]:
                 owner.writer.files.pop(one).close()
-        return original(*arguments, **options)
+        return adopt(*arguments, **options)
 
-    monkeypatch.setattr(reception.committer, "adopt", adopted)
+    monkeypatch.setattr("reception.committer.adopt", adopted)
     with spooler(queue, spool) as other:
         other.wait_for_rows(other.request())
         until(lambda: other.spooler._committer.lag().messages == 0)  # noqa: SLF001

@@ -8,13 +8,13 @@ import time
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from commands.ops import adopt, fsck
+from commands.ops import fsck
 from relay.db.engine import OlderDatabase, connect, reading
 from relay.ids import new_id
 from relay.queue.accept import encode
 from relay.queue.outcome import Outcome
 from relay.spool.bodies import Bodies
-from relay.spool.journal.adoption import AdoptedSegment
+from relay.spool.journal.adoption import AdoptedSegment, adopt_one
 from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory
 from relay.spool.journal.format import Place, VoidedBatch, encode_segment_header, encode_void
 from relay.spool.journal.scan import read_header
@@ -318,13 +318,12 @@ def test_an_order_sees_the_void_that_was_written_just_before_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     del foreign
-    original = adopt.adopt_one
 
     def late(directory: JournalDirectory, name: str, **options: bool) -> AdoptedSegment | None:
         voided(directory, spool, name.partition(".")[0])
-        return original(directory, name, **options)
+        return adopt_one(directory, name, **options)
 
-    monkeypatch.setattr(adopt, "adopt_one", late)
+    monkeypatch.setattr("commands.ops.adopt.adopt_one", late)
     assert "the rows of 0 messages were made" in typed("fsck", "--adopt", "--yes").stdout
     assert queue.rows("SELECT id FROM messages") == []
 
