@@ -446,3 +446,18 @@ def test_fsck_finds_segments_without_files_and_leftovers(
         ("segment without file", segment),
         ("unfinished segment", str(path)),
     ]
+
+
+def test_rebuild_keeps_what_plugins_have_added(
+    queue: QueueHarness, spool: Spool, typed: Typed
+) -> None:
+    message = new_message(size=len(BODY), prefix="X-Spam: maybe\n")
+    spool.store(message.id, [BODY], encode(message))
+    queue.insert([message])
+    advance(queue, spool)
+    forget(queue, message.id)
+    queue.change("UPDATE spool SET mark = 0")
+    typed("fsck", "--rebuild", "--yes")
+    (row,) = queue.rows("SELECT prefix FROM messages WHERE id = @id(:id)", id=message.id)
+    assert row["prefix"] == "X-Spam: maybe\n"
+    assert queue.state(message.id) == "held"
