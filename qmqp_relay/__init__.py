@@ -18,7 +18,7 @@ program is promised to plugins. `qmqp_relay.testing` runs a session of a plugin 
 from qmqp_relay.answers import DECLINED, OK, Answer, Deny, DenySoft
 from qmqp_relay.content import MessageContent
 from qmqp_relay.hooks import hookimpl
-from qmqp_relay.registration import PluginArguments, Relay
+from qmqp_relay.registration import PluginArgumentError, PluginArguments, PluginLog, Relay
 from qmqp_relay.session import Address, RewritableAddress, Session, Transaction
 
 __all__ = [
@@ -29,7 +29,9 @@ __all__ = [
     "Deny",
     "DenySoft",
     "MessageContent",
+    "PluginArgumentError",
     "PluginArguments",
+    "PluginLog",
     "Relay",
     "RewritableAddress",
     "Session",
