@@ -7,6 +7,7 @@ stay true: no text of a peer controls the terminal.
 
 import csv
 import functools
+import io
 import json
 import shutil
 import sys
@@ -133,20 +134,37 @@ def write(
     form = form or ("json" if json_lines else "table" if sys.stdout.isatty() else "tsv")
     if form == "table":
         return _table(iter(rows), columns)
-    csv_writer = csv.writer(sys.stdout, lineterminator="\n")
     count = 0
+    if form == "csv":
+        for line in csv_lines(rows):
+            sys.stdout.write(line)
+            count += 1
+        return max(0, count - 1)  # the first has the names
     for count, row in enumerate(rows, 1):
         if form == "json":
             sys.stdout.write(as_json(row) + "\n")
             continue
         if count == 1:
-            sys.stdout.write(("," if form == "csv" else "\t").join(row) + "\n")
-        cells = [plain(str(_plain(value)).replace("\t", " ")) for value in row.values()]
-        if form == "csv":
-            csv_writer.writerow(cells)
-        else:
-            sys.stdout.write("\t".join(cells) + "\n")
+            sys.stdout.write("\t".join(row) + "\n")
+        sys.stdout.write("\t".join(_cells_of(row)) + "\n")
     return count
+
+
+def csv_lines(rows: Iterable[Row]) -> Iterator[str]:
+    """Rows as lines of CSV, after a line of names; without rows no line."""
+    line = io.StringIO()
+    csv_writer = csv.writer(line, lineterminator="\n")
+    for number, row in enumerate(rows):
+        if number == 0:
+            yield ",".join(row) + "\n"
+        line.seek(0)
+        line.truncate()
+        csv_writer.writerow(_cells_of(row))
+        yield line.getvalue()
+
+
+def _cells_of(row: Row) -> list[str]:
+    return [plain(str(_plain(value)).replace("\t", " ")) for value in row.values()]
 
 
 def write_lines(batches: Iterable[Sequence[str]], *, json_lines: bool) -> int:

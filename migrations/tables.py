@@ -369,6 +369,63 @@ segments = Table(
     comment="segments of the journal that have files",
 )
 
+events = Table(
+    "events",
+    metadata,
+    Column(
+        "sequence",
+        BigInteger().with_variant(Integer, "sqlite"),
+        primary_key=True,
+        comment="order of the events; within a delivery it is that in which they happened",
+    ),
+    Column("id", Text, nullable=False, comment="the id that receivers get, as webhook-id"),
+    Column("at", Instant, nullable=False, comment="when it happened"),
+    Column("type", Text, nullable=False, comment="its type; docs/webhooks.md lists the types"),
+    Column("queue_id", Id, nullable=False, comment="the message"),
+    Column("delivery", Integer, nullable=False, comment="number of the delivery"),
+    Column("route", Text, nullable=False, comment="route of the delivery then"),
+    Column("attempt", Integer, comment="number of the claim; empty: before the first one"),
+    Column("server", Text, comment="server of the last attempt"),
+    Column("outcome", Text, comment="outcome of the last attempt"),
+    Column("reply", Text, comment="reply of the server, or the reason, as in last_reply"),
+    Column("reason_source", Text, comment="source of reply: server, relay or operator"),
+    Column("next_at", Instant, comment="when the next attempt is due"),
+    Index("events_queue_id", "queue_id"),
+    Index("events_at", "at", postgresql_using="brin"),
+    comment="what became of deliveries, while there is a subscription",
+)
+
+subscriptions = Table(
+    "subscriptions",
+    metadata,
+    Column("name", Text, primary_key=True, comment="name of the webhook; plugin:NAME for a plugin"),
+    Column("types", Text, comment="the types that it gets, JSON; empty: all"),
+    Column("routes", Text, comment="the routes whose events it gets, JSON; empty: all"),
+    Column("created_at", Instant, nullable=False, comment="when a worker registered it first"),
+    Column("seen_at", Instant, nullable=False, comment="when a worker renewed it last"),
+    Column("disabled_at", Instant, comment="since when it gets nothing; empty: it is not disabled"),
+    Column("disabled_reason", Text, comment="why it is disabled"),
+    Column("failing_since", Instant, comment="since when no event arrives; empty: events arrive"),
+    Column("last_error", Text, comment="why the last event did not arrive"),
+    Column("succeeded_at", Instant, comment="when an event last arrived, to the minute"),
+    comment="who gets events",
+)
+
+notifications = Table(
+    "notifications",
+    metadata,
+    Column("queue_id", Id, nullable=False, comment="the message of the event"),
+    Column("subscription", Text, nullable=False, comment="name of the subscription"),
+    Column("sequence", BigInteger, nullable=False, comment="the event"),
+    Column("queued_at", Instant, nullable=False, comment="when it happened, or was replayed"),
+    Column("due_at", Instant, nullable=False, comment="the next try, or the end of its claim"),
+    Column("tries", Integer, nullable=False, server_default="0", comment="tries that failed"),
+    Column("claim", Id, comment="the claim of the worker that delivers it"),
+    PrimaryKeyConstraint("queue_id", "subscription", "sequence"),
+    Index("notifications_due", "subscription", "due_at"),
+    comment="events that a subscription has not got yet",
+)
+
 spool = Table(
     "spool",
     metadata,
@@ -398,6 +455,19 @@ users = Table(
     Column("last_seen_at", Instant, comment="when it last logged in or sent a message"),
     CheckConstraint(f"role IN ({literals(Role)})", name="role"),
     comment="who may log in with a password",
+)
+
+rate_refusals = Table(
+    "rate_refusals",
+    metadata,
+    Column("subject", Text, comment="whose rate it was: client, sender or user"),
+    Column("what", Text, comment="what was refused: messages, recipients or connections"),
+    Column("name", Text, comment="network, address or name; empty: several others"),
+    Column("hour", Instant, comment="beginning of the hour"),
+    Column("refused", BigInteger, nullable=False, comment="how many were refused in that hour"),
+    Column("last_at", Instant, nullable=False, comment="when the last one was refused"),
+    PrimaryKeyConstraint("subject", "what", "name", "hour", name="rate_refusals_key"),
+    comment="refusals by RELAY_RATE_LIMITS and limits of users, of the last day",
 )
 
 # The meaning of the columns of the views, for docs/inspect.md and for the comments on PostgreSQL.

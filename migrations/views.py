@@ -1,7 +1,7 @@
-"""Views and comments, in one place for all migrations: they are made anew when the newest revision
-has been reached.
+"""Views, triggers and comments, in one place for all migrations: they are made anew when the newest
+revision has been reached.
 
-A migration that changes a table drops the views first. `views.postgresql.sql` and
+A migration that changes a table drops the views and triggers first. `views.postgresql.sql` and
 `views.sqlite.sql` have their statements, `migrations.tables` what tables and columns mean. What
 must stay true: the role that only reads may read each of them.
 """
@@ -9,6 +9,7 @@ must stay true: the role that only reads may read each of them.
 from sqlalchemy import Connection
 
 from migrations.tables import VIEW_COLUMNS, metadata
+from migrations.triggers import create_triggers, drop_triggers
 from relay.db.sql import Queries
 
 READER = "qmqp_relay_reader"
@@ -32,15 +33,17 @@ INNER_VIEWS = ("paused_routes", "route_overview", "waiting_routes")
 
 
 def drop_views(connection: Connection) -> None:
-    """Drop every view, so that the tables below it can be changed."""
+    """Drop every view and trigger, so that the tables below them can be changed."""
+    drop_triggers(connection)
     Queries(connection.engine, __name__).run(connection, "drop_views")
 
 
 def create_views(connection: Connection) -> None:
-    """Make every view as this version has it, with comments and the reader's right on
+    """Make every view and trigger as this version has it, with comments and the reader's right on
     PostgreSQL."""
     drop_views(connection)
     Queries(connection.engine, __name__).run(connection, "create_views")
+    create_triggers(connection)
     if connection.dialect.name == "sqlite":
         return
     comments = {

@@ -37,7 +37,7 @@ GROUP = "qmqp_relay"
 LIMITS = {"timeout": "HOOK_TIMEOUT", "message_timeout": "MESSAGE_HOOK_TIMEOUT"}
 """The time limits of a plugin, and the names of the numbers (seconds) by which its module sets
 other defaults."""
-HOOKS = ("register", *hooks.QUESTIONS, *hooks.NOTICES)
+HOOKS = ("register", *hooks.QUESTIONS, *hooks.NOTICES, *hooks.IN_WORKER)
 _OURS = {__file__, registration.__file__}
 
 

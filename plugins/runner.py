@@ -12,7 +12,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -105,6 +105,15 @@ class Plugins:
         answers = [
             await self._run(function, arguments, ignored=True)
             for function in self._functions.get(hook, ())
+        ]
+        return FAILED not in answers
+
+    async def tell_one(self, plugin: str, hook: str, **arguments: Any) -> bool:
+        """Runs the hook of one plugin; False if it failed or was late, whatever `fail=` says."""
+        answers = [
+            await self._run(replace(function, fail_open=False), arguments, ignored=True)
+            for function in self._functions.get(hook, ())
+            if function.plugin == plugin
         ]
         return FAILED not in answers
 

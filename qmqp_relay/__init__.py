@@ -17,6 +17,7 @@ program is promised to plugins. `qmqp_relay.testing` runs a session of a plugin 
 
 from qmqp_relay.answers import DECLINED, OK, Answer, Deny, DenySoft
 from qmqp_relay.content import MessageContent
+from qmqp_relay.events import Event
 from qmqp_relay.hooks import hookimpl
 from qmqp_relay.registration import PluginArgumentError, PluginArguments, PluginLog, Relay
 from qmqp_relay.session import Address, RewritableAddress, Session, Transaction
@@ -28,6 +29,7 @@ __all__ = [
     "Answer",
     "Deny",
     "DenySoft",
+    "Event",
     "MessageContent",
     "PluginArgumentError",
     "PluginArguments",

@@ -14,6 +14,7 @@ from typing import Any
 import pluggy
 
 from qmqp_relay.answers import Answer
+from qmqp_relay.events import Event
 from qmqp_relay.registration import PluginArguments, Relay
 from qmqp_relay.session import Address, RewritableAddress, Session, Transaction
 
@@ -94,9 +95,19 @@ def disconnect(session: Session) -> Ignored:
     """The connection has ended. What the hook returns is ignored."""
 
 
+@hookspec
+def event(event: Event) -> Ignored:
+    """Something became of mail: it was accepted, delivered, deferred, bounced and so on. Runs in a
+    worker, after the COMMIT, at least once for each event and in order for each message. A hook
+    that raises or is late gets the event again, ten times in 75 hours, with the same `event.id`.
+    What it returns is ignored."""
+
+
 QUESTIONS = ("connect", "helo", "mail", "rcpt", "data", "message", "queue")
 """The hooks whose answer counts."""
 NOTICES = ("queue_post", "deny", "reset_transaction", "disconnect")
 """The hooks that are told, and whose answer is ignored."""
+IN_WORKER = ("event",)
+"""The hooks that run in workers, and not in a session."""
 WITH_CONTENT = ("message", "queue")
 """The hooks that may read the content, and have more time."""

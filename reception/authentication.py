@@ -19,12 +19,12 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 from sqlalchemy import Engine
 
 from reception.login import Credentials, EventWindow, Login
-from reception.policy import ClientPolicy
 from reception.receiver import DiskThreads
 from relay import metrics
 from relay.db import engine as database
@@ -58,12 +58,24 @@ type _Verdict = tuple[User | None, str]
 log = get_logger(__name__)
 
 
+class AttemptSource(Protocol):
+    """The client of an attempt: its address, and the network by which its failures are counted."""
+
+    @property
+    def address(self) -> str:
+        """Its IP address."""
+
+    @property
+    def network(self) -> str:
+        """The key of its failures."""
+
+
 @dataclass(slots=True, eq=False)
 class LoginAttempt:
     """Credentials that wait for their answer: a login, or the reply that refuses them."""
 
     credentials: Credentials
-    client: ClientPolicy
+    client: AttemptSource
     key: bytes
     began: float  # monotonic
     answer: Callable[[Login | str], None] | None
@@ -118,7 +130,7 @@ class Authenticator:
         return DiskThreads(VERIFICATIONS + 1, "users")
 
     def authenticate(
-        self, credentials: Credentials, client: ClientPolicy, answer: Callable[[Login | str], None]
+        self, credentials: Credentials, client: AttemptSource, answer: Callable[[Login | str], None]
     ) -> None:
         """Calls `answer` once, now or later, with a login or the reply that refuses it."""
         now = time.monotonic()
@@ -278,11 +290,11 @@ class Authenticator:
 
     # Failures of a client
 
-    def _is_limited(self, client: ClientPolicy, now: float) -> bool:
+    def _is_limited(self, client: AttemptSource, now: float) -> bool:
         window = self.failing.get(client.network)
         return window is not None and window.is_full(now)
 
-    def _count_failure(self, client: ClientPolicy, now: float) -> None:
+    def _count_failure(self, client: AttemptSource, now: float) -> None:
         failures = self.failing
         window = failures.setdefault(client.network, EventWindow(FAILURES_PER_MINUTE))
         failures.move_to_end(client.network)

@@ -44,6 +44,11 @@ from relay.spool.mark import SpoolMark
 log = get_logger(__name__)
 MAX_HELD = 4096
 """Messages in memory that wait for their rows. The others are read back from the journal."""
+GATHER = 0.01
+"""Seconds between two COMMITs while messages come faster and no reply waits for rows. A row in a
+batch of 32 costs a third of what it costs in a batch of 8."""
+GATHER_MESSAGES = 64
+"""Messages that do not wait for others."""
 MAX_HELD_OCTETS = 8 << 20
 """Octets of the envelopes of these messages."""
 ADOPT_INTERVAL = 60.0  # seconds
@@ -105,6 +110,7 @@ class JournalCommitter:
         self._behind = False  # a reply waited in vain; no reply waits until all rows are made
         self._oldest = time.monotonic()  # about when the oldest message without a row arrived
         self._closing = False
+        self._gathering = False
         self._give_up_at = float("inf")
         self._adopt_at = 0.0
         self._mark_at = 0.0
@@ -157,7 +163,8 @@ class JournalCommitter:
             waits = wait and not self._behind
             if waits:
                 self._unreplied.append(batch)
-            self._changed.notify()
+            if waits or not self._gathering or self._held_messages >= GATHER_MESSAGES:
+                self._changed.notify()
             return waits
 
     def retire(self, segment: str, *, orderly: bool) -> None:
@@ -236,6 +243,8 @@ class JournalCommitter:
         chunk = self._next_chunk()
         if chunk is not None:
             self._commit(chunk)
+            if len(chunk.messages) > 1:
+                self._gather(now + GATHER)
             if now >= self._mark_at:
                 self._mark.advance(self._engine)
                 self._mark_at = now + MARK_INTERVAL
@@ -247,6 +256,18 @@ class JournalCommitter:
                     lambda: self._closing or self._has_work(), max(0.0, self._adopt_at - now)
                 )
         return True
+
+    def _gather(self, until: float) -> None:
+        """After a batch of several, lets more messages gather until this time (monotonic)."""
+
+        def enough() -> bool:
+            waiting = self._closing or bool(self._unreplied)
+            return waiting or self._held_messages >= GATHER_MESSAGES
+
+        with self._changed:
+            self._gathering = True
+            self._changed.wait_for(enough, max(0.0, until - time.monotonic()))
+            self._gathering = False
 
     def _has_work(self) -> bool:
         return any(

@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from reception.envelope import Refused
+from reception.rates import RateExceeded
 from relay.users import User
 
 MINUTE = 60.0
@@ -85,7 +86,7 @@ class Login:
         if self._window is not None:
             now = time.monotonic()
             if self._window.is_full(now):
-                raise Refused("451 4.7.1 Too many messages of this user, try again later")
+                raise RateExceeded("user", "messages", self.name)
             self._window.add(now)
         self.seen = True
 

@@ -11,7 +11,7 @@ banner and quits is a health check and never counts as abuse.
 """
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
@@ -20,8 +20,9 @@ import psutil
 
 from reception.envelope import Recipient, Refused
 from reception.login import Login
-from reception.rates import Rates
+from reception.rates import RateExceeded, Rates
 from reception.space import FreeSpace, SpaceClaim
+from relay import metrics
 from relay.listeners import is_loopback
 from relay.settings import Network, SettingsError, SmtpdSettings, parse_network
 
@@ -35,8 +36,11 @@ class Policy:
 
     `networks`: those whose clients may relay (None: those of SMTP). `space` is that of the spool,
     `rates` has the tables of RATE_LIMITS: all doors share both (None: there is no other door).
-    Raises SettingsError for settings that would make an open relay.
+    `on_rate_exceeded` may be set to be told of each refusal by a rate. Raises SettingsError for
+    settings that would make an open relay.
     """
+
+    on_rate_exceeded: Callable[[RateExceeded], None] | None = None
 
     def __init__(
         self,
@@ -105,7 +109,11 @@ class ClientPolicy:
         """`sender` is '' if it is null, or not known yet; `size` is the octets that SIZE declares
         (RFC 1870), 0 without it. Raises Refused."""
         if self.login is not None:
-            self.login.begin_message(sender)
+            try:
+                self.login.begin_message(sender)
+            except RateExceeded as exceeded:
+                self._count(exceeded)
+                raise
         if not self.policy.space.has(size, self._claims_as):
             raise Refused("452 4.3.1 Insufficient system storage")
 
@@ -113,7 +121,16 @@ class ClientPolicy:
         """Counts a message, a recipient or a connection by RATE_LIMITS. Raises Refused."""
         rates = self.policy.rates
         if rates is not None:
-            rates.take(what, {"client": self.network, "sender": sender, "user": user})
+            try:
+                rates.take(what, {"client": self.network, "sender": sender, "user": user})
+            except RateExceeded as exceeded:
+                self._count(exceeded)
+                raise
+
+    def _count(self, exceeded: RateExceeded) -> None:
+        metrics.RATE_LIMITED.labels(exceeded.subject, exceeded.what).inc()
+        if self.policy.on_rate_exceeded is not None:
+            self.policy.on_rate_exceeded(exceeded)
 
     def claim(self, size: int) -> SpaceClaim:
         """The claim of a message that begins; `size` as in `check_sender`. The declared octets are

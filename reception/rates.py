@@ -15,12 +15,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 
 from reception.envelope import Refused
-from relay import metrics
 from relay.rate_limits import RateLimit
 
 MINUTE = 60.0
 MAX_KEYS = 16_384  # buckets of one limit: about 2.5 MB
 _WHOSE = {"client": "from your address", "sender": "from this sender", "user": "by this user"}
+
+
+class RateExceeded(Refused):
+    """A limit is reached: that of `subject`, whose `name` this is, for `what`."""
+
+    def __init__(self, subject: str, what: str, name: str) -> None:
+        super().__init__(f"451 4.7.1 Too many {what} a minute {_WHOSE[subject]}, try again later")
+        self.subject, self.what, self.name = subject, what, name
 
 
 class RateTable:
@@ -66,21 +73,17 @@ class Rates:
             self._tables.setdefault(limit.what, []).append(RateTable(limit, clock))
 
     def take(self, what: str, subjects: Mapping[str, str | None]) -> None:
-        """Counts one of `what` for these subjects, or raises Refused and counts nothing. The null
-        sender and a client without a user have no limits of senders and users."""
+        """Counts one of `what` for these subjects, or raises RateExceeded and counts nothing. The
+        null sender and a client without a user have no limits of senders and users."""
         pairs = [
-            (table, _key(table.limit.subject, subject))
+            (table, _key(table.limit.subject, name), name)
             for table in self._tables.get(what, ())
-            if (subject := subjects.get(table.limit.subject))
+            if (name := subjects.get(table.limit.subject))
         ]
-        for table, key in pairs:
+        for table, key, name in pairs:
             if not table.has_token(key):
-                limit = table.limit
-                metrics.RATE_LIMITED.labels(limit.subject, what).inc()
-                raise Refused(
-                    f"451 4.7.1 Too many {what} a minute {_WHOSE[limit.subject]}, try again later"
-                )
-        for table, key in pairs:
+                raise RateExceeded(table.limit.subject, what, name)
+        for table, key, _name in pairs:
             table.take(key)
 
 

@@ -41,6 +41,8 @@ log = get_logger(__name__)
 RESTART_DELAY = 1.0
 """Seconds before a spooler is restarted that ran for less than MIN_UPTIME."""
 MIN_UPTIME = 10.0  # seconds
+WRITE_TOGETHER = 16
+"""Requests in one write. They are below 64 KiB each, and what is written cannot be withdrawn."""
 HANG_TIMEOUT = 60.0
 """Seconds past RELAY_ACCEPT_DEADLINE after which a missing result proves that the spooler hangs."""
 
@@ -69,6 +71,7 @@ class SpoolerClient(asyncio.Protocol):
     def __init__(
         self, launch: Launch, on_committed: Callable[[list[str], str], None], deadline: float
     ) -> None:
+        self._loop = asyncio.get_running_loop()
         self._launch = launch
         self._on_committed = on_committed
         self._hang_after = deadline + HANG_TIMEOUT
@@ -83,7 +86,7 @@ class SpoolerClient(asyncio.Protocol):
         self._decoder = FrameDecoder()
         self._disconnected = asyncio.Event()
         self._process: asyncio.Task[object] | None = None
-        self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._started: asyncio.Future[None] = self._loop.create_future()
         self._task: asyncio.Task[None] | None = None
         self._closing = False
         self._observe = metrics.group_commit("accept")
@@ -106,8 +109,9 @@ class SpoolerClient(asyncio.Protocol):
         Returns the number of the request."""
         number = next(self._numbers)
         self._pending[number] = _PendingRequest(queue_id, done)
+        if not self._unsent:  # what else this turn of the loop brings goes with it
+            self._loop.call_soon(self._send)
         self._unsent[number] = frame(StoreRequest(number, queue_id, rows, routes, size, body))
-        self._send()
         return number
 
     def withdraw(self, number: int) -> bool:
@@ -172,8 +176,13 @@ class SpoolerClient(asyncio.Protocol):
         self._disconnected.set()
 
     def _send(self) -> None:
+        """Sends the requests that gathered, one write for many."""
         while self._unsent and self._ready and not self._paused and self.transport is not None:
-            self.transport.write(self._unsent.pop(next(iter(self._unsent))))
+            frames = [
+                self._unsent.pop(number)
+                for number in [*itertools.islice(self._unsent, WRITE_TOGETHER)]
+            ]
+            self.transport.write(b"".join(frames))
 
     def _resolve(self, number: int, result: StoreFault | None) -> None:
         self._unsent.pop(number, None)

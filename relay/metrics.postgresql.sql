@@ -75,3 +75,12 @@ SELECT count(*) AS segments, CAST(coalesce(sum(live_bytes), 0) AS bigint) AS liv
     coalesce((SELECT max(mark) FROM spool), 0) AS mark
 FROM segments
 WHERE sealed_at IS NOT NULL;
+
+-- name: notifications
+-- By subscription: the events that wait, the age of the oldest, and whether it is disabled.
+SELECT s.name, count(n.sequence) AS pending,
+       coalesce(CAST(extract(epoch FROM now() - min(n.queued_at)) AS float8), 0.0) AS lag,
+       CASE WHEN s.disabled_at IS NULL THEN 0 ELSE 1 END AS disabled
+FROM subscriptions s LEFT JOIN notifications n ON n.subscription = s.name
+GROUP BY s.name, s.disabled_at
+ORDER BY s.name;

@@ -121,6 +121,17 @@ DELIVERY_SECONDS = Histogram(
     "relay_delivery_seconds", "from the 250 to the server's K", buckets=_LONG
 )
 TRANSFERS_OPEN = Gauge("relay_transfers_open", "transfers in progress in this worker")
+NOTIFICATIONS = Counter(
+    "relay_notifications",
+    "tries to deliver events, by what they led to: delivered, failed or given_up",
+    ["subscription", "result"],
+)
+NOTIFICATION_SECONDS = Histogram(
+    "relay_notification_seconds",
+    "duration of a try to deliver an event",
+    ["subscription"],
+    buckets=_QUICK,
+)
 CIRCUIT_OPENED = Counter(
     "relay_circuit_opened", "times that the circuit of a server opened", ["server", "why"]
 )
@@ -203,6 +214,7 @@ class QueueMetrics(Collector):
         self._metrics: list[Metric] = []
         self._counted: dict[str, StateCount] = {}
         self._waiting: dict[str, int] = {}
+        self._notified: dict[str, tuple[int, float, int]] = {}
 
     def describe(self) -> Iterable[Metric]:
         """Nothing, so that registration reads no database."""
@@ -297,6 +309,24 @@ class QueueMetrics(Collector):
             ),
             _gauge("paused_seconds", "for how long they have been paused", paused, "subject"),
             _gauge(
+                "notifications_pending",
+                "events that a subscription has not got yet",
+                {name: pending for name, (pending, _, _) in self._notified.items()},
+                "subscription",
+            ),
+            _gauge(
+                "notification_lag_seconds",
+                "age of the oldest of them",
+                {name: lag for name, (_, lag, _) in self._notified.items()},
+                "subscription",
+            ),
+            _gauge(
+                "subscription_disabled",
+                "1 if a subscription is disabled",
+                {name: disabled for name, (_, _, disabled) in self._notified.items()},
+                "subscription",
+            ),
+            _gauge(
                 "uncertain_attempts",
                 "attempts of the last hour with an unknown end",
                 totals.uncertain,
@@ -310,6 +340,8 @@ class QueueMetrics(Collector):
             rows = itertools.starmap(StateCount, self._queries.run(connection, "counts"))
             self._counted = {row.state: row for row in rows}
             self._waiting = dict(self._queries.run(connection, "waiting").all())
+            notified = self._queries.run(connection, "notifications")
+            self._notified = {name: (pending, lag, off) for name, pending, lag, off in notified}
             ended = time.monotonic()
             self._count_at = ended + COUNT_INTERVAL * (ended - began)
         return self._counted, self._waiting

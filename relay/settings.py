@@ -120,7 +120,11 @@ def _is_proxy_network(text: str) -> bool:
     """`connected` would trust the header of every client that comes through a published port."""
     if text == "connected":
         raise ValueError("'connected' names no proxy: write its address, or its network")
-    return bool(parse_network(text))
+    if not parse_network(text).prefixlen:
+        raise ValueError(
+            f"{text!r}: every peer could claim any address: write those of the proxies"
+        )
+    return True
 
 
 def _is_broker(text: str) -> bool:
@@ -241,6 +245,14 @@ Broker = Annotated[
         " redis+socket:///path; in a password / # ? @ : % are spelt %2F %23 %3F %40 %3A %25",
     ),
 ]
+# A token of RFC 9110 (5.6.2), with the characters that proxies pass.
+HeaderName = Annotated[
+    str,
+    _checked(
+        re.compile(r"[A-Za-z0-9-]{0,64}").fullmatch,
+        "{!r} is not the name of a header: write X-Remote-User",
+    ),
+]
 PluginEntries = Annotated[
     tuple[PluginEntry, ...],
     NoDecode,
@@ -266,6 +278,7 @@ class Settings(BaseSettings):
     spool_dir: AbsolutePath = Field(default_factory=lambda data: data["state_dir"] / "spool")
     qmqp_servers: Texts = ()
     routes: Path | None = None
+    webhooks: Path | None = None
     hostname: Hostname = Field(default_factory=socket.gethostname, validate_default=True)
 
     batch_size: Count = 64
@@ -290,6 +303,9 @@ class Settings(BaseSettings):
     log_addresses: Literal["full", "redacted"] = "full"
     metrics_listen: ListensOrOff = ()
     web_listen: Listens = (("127.0.0.1", 8025),)
+    web_session: Duration = 8 * 3600.0
+    web_proxy_networks: ProxyNetworkTexts = ()
+    web_user_header: HeaderName = ""
     health_file: Path | None = None
     tls_certificate: AbsolutePath | None = None
     tls_key: AbsolutePath | None = None
@@ -307,6 +323,14 @@ class Settings(BaseSettings):
     def _key_has_a_certificate(self) -> Self:
         if self.tls_key and not self.tls_certificate:
             raise ValueError("RELAY_TLS_KEY needs RELAY_TLS_CERTIFICATE, the chain of this key")
+        return self
+
+    @model_validator(mode="after")
+    def _header_has_a_proxy(self) -> Self:
+        if self.web_user_header and not self.web_proxy_networks:
+            raise ValueError(
+                "RELAY_WEB_USER_HEADER needs RELAY_WEB_PROXY_NETWORKS, the proxies that set it"
+            )
         return self
 
 
@@ -346,6 +370,11 @@ class SmtpdSettings(Settings):
                 raise ValueError(
                     f"RELAY_SMTP_LISTEN: {listener} needs a certificate: set RELAY_TLS_CERTIFICATE"
                     " and RELAY_TLS_KEY"
+                )
+            if listener.auth and not (self.tls_certificate or self.auth_plaintext_networks):
+                raise ValueError(
+                    f"RELAY_SMTP_LISTEN: no client can log in at {listener}: set"
+                    " RELAY_TLS_CERTIFICATE, or RELAY_AUTH_PLAINTEXT_NETWORKS"
                 )
             if listener.proxy and not self.proxy_networks:
                 raise ValueError(
@@ -405,8 +434,8 @@ def load[Role: Settings](role: type[Role], **overrides: Any) -> Role:
     """Read the settings of a role from the environment; raises SettingsError, a line for each bad
     variable.
 
-    The settings of the other roles and the file of routes are validated too: settings that one
-    process refuses must not pass in another, or half of a relay would run.
+    The settings of the other roles, the file of routes and that of webhooks are validated too:
+    settings that one process refuses must not pass in another, or half of a relay would run.
     """
     from relay.routes import Routes  # which imports this module
 
@@ -420,6 +449,10 @@ def load[Role: Settings](role: type[Role], **overrides: Any) -> Role:
     if lines:
         raise SettingsError("\n".join(lines))
     Routes.load(loaded[role])
+    if loaded[role].webhooks:
+        from relay.events.webhooks import load_webhooks  # which needs more than most commands do
+
+        load_webhooks(loaded[role])
     return cast(Role, loaded[role])
 
 

@@ -8,6 +8,14 @@ ON CONFLICT DO NOTHING;
 -- name: set_password
 UPDATE users SET password_hash = :password_hash WHERE name = :user;
 
+-- name: change
+-- A parameter that is NULL changes nothing, and a limit of 0 is none.
+UPDATE users SET role = coalesce(CAST(:role AS text), role),
+    senders = coalesce(CAST(:senders AS text), senders),
+    messages_per_minute =
+        nullif(coalesce(CAST(:messages_per_minute AS integer), messages_per_minute), 0)
+WHERE name = :user;
+
 -- name: disable
 UPDATE users SET disabled_at = now() WHERE name = :user AND disabled_at IS NULL;
 
@@ -26,6 +34,11 @@ FROM users ORDER BY name COLLATE "C";
 SELECT name, role, senders, messages_per_minute, created_at, disabled_at, last_seen_at,
     password_hash
 FROM users WHERE name IN (SELECT json_array_elements_text(CAST(:names AS json)));
+
+-- name: any_in_roles
+-- A login that may only read runs this too.
+SELECT name FROM users WHERE role IN (SELECT json_array_elements_text(CAST(:roles AS json)))
+LIMIT 1;
 
 -- name: note_seen
 -- A row that another process has locked is being noted there.

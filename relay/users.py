@@ -37,6 +37,10 @@ class Role(StrEnum):
     OPERATOR = "operator"
 
 
+PAGE_ROLES = (Role.VIEWER, Role.OPERATOR)
+"""Roles that open the page."""
+
+
 @dataclass(frozen=True, slots=True)
 class User:
     """A row of `users`. `senders` are patterns; `messages_per_minute` is None without a limit;
@@ -93,10 +97,8 @@ class Users:
     ) -> bool:
         """Add a user; False if there is one of that name."""
         senders = list(senders)
-        shown = [f"--role {role}", *(f"--sender {pattern}" for pattern in senders)]
-        if messages_per_minute is not None:
-            shown.append(f"--messages-per-minute {messages_per_minute}")
-        entry = AuditEntry(self._engine, actor, f"user add {name}", reason, " ".join(shown))
+        shown = _options(role, senders, messages_per_minute)
+        entry = AuditEntry(self._engine, actor, f"user add {name}", reason, shown)
         return self._change(
             entry,
             "add",
@@ -104,6 +106,30 @@ class Users:
             password_hash=password_hash,
             role=role,
             senders=json.dumps(senders),
+            messages_per_minute=messages_per_minute,
+        )
+
+    def change(
+        self,
+        name: str,
+        *,
+        role: Role | None = None,
+        senders: Iterable[str] = (),
+        messages_per_minute: int | None = None,
+        actor: str,
+        reason: str = "",
+    ) -> bool:
+        """Change what a user may do; False if there is no such user. None and no senders keep what
+        it has, and a limit of 0 ends its limit."""
+        senders = list(senders)
+        shown = _options(role, senders, messages_per_minute)
+        entry = AuditEntry(self._engine, actor, f"user set {name}", reason, shown)
+        return self._change(
+            entry,
+            "change",
+            user=name,
+            role=role,
+            senders=json.dumps(senders) if senders else None,
             messages_per_minute=messages_per_minute,
         )
 
@@ -138,6 +164,12 @@ class Users:
             found = self._users(connection, "find", names=json.dumps(list(names)))
         return {user.name: user for user in found}
 
+    def exist(self, roles: Iterable[Role]) -> bool:
+        """Whether there is a user in one of these roles, disabled or not."""
+        with reading(self._engine) as connection:
+            rows = self._queries.run(connection, "any_in_roles", roles=json.dumps(list(roles)))
+            return rows.first() is not None
+
     def note_seen(self, names: Iterable[str]) -> None:
         """Record that these users have just been active."""
         with writing(self._engine) as connection:
@@ -156,3 +188,12 @@ class Users:
             User(**row | {"role": Role(row["role"]), "senders": tuple(json.loads(row["senders"]))})
             for row in rows
         ]
+
+
+def _options(role: Role | None, senders: Iterable[str], messages_per_minute: int | None) -> str:
+    """The options of a command that says this."""
+    shown = [f"--role {role}"] if role is not None else []
+    shown += [f"--sender {pattern}" for pattern in senders]
+    if messages_per_minute is not None:
+        shown.append(f"--messages-per-minute {messages_per_minute}")
+    return " ".join(shown)

@@ -8,6 +8,14 @@ ON CONFLICT DO NOTHING;
 -- name: set_password
 UPDATE users SET password_hash = :password_hash WHERE name = :user;
 
+-- name: change
+-- A parameter that is NULL changes nothing, and a limit of 0 is none.
+UPDATE users SET role = coalesce(:role, role),
+    senders = coalesce(:senders, senders),
+    messages_per_minute =
+        nullif(coalesce(:messages_per_minute, messages_per_minute), 0)
+WHERE name = :user;
+
 -- name: disable
 UPDATE users SET disabled_at = (SELECT now FROM clock)
 WHERE name = :user AND disabled_at IS NULL;
@@ -27,6 +35,10 @@ FROM users ORDER BY name;
 SELECT name, role, senders, messages_per_minute, created_at, disabled_at, last_seen_at,
     password_hash
 FROM users WHERE name IN (SELECT value FROM json_each(:names));
+
+-- name: any_in_roles
+-- A login that may only read runs this too.
+SELECT name FROM users WHERE role IN (SELECT value FROM json_each(:roles)) LIMIT 1;
 
 -- name: note_seen
 UPDATE users SET last_seen_at = (SELECT now FROM clock)

@@ -13,11 +13,13 @@ from functools import partial
 
 from plugins.loader import load as load_plugins
 from plugins.runner import Plugins
+from qmqp_relay.hooks import IN_WORKER
 from qmqpd.server import QmqpConnection
 from reception.authentication import Authenticator
 from reception.hooks import HookHost
 from reception.listeners import SystemdSockets
 from reception.policy import Policy, qmqp_networks
+from reception.rate_recorder import RateRecorder
 from reception.receiver import THREADS, DiskThreads, Receiver
 from reception.server import Door, FrontEnd
 from reception.spooler_client import SpoolerClient, launcher
@@ -102,7 +104,11 @@ async def _serve(
     )
     size_limit = partial(offered_size, settings.max_message_size, routes)
     authenticator = Authenticator(loop, settings.database_url)
-    hooks = HookHost(plugins, routes.names) if plugins is not None and plugins.hooks else None
+    recorder = RateRecorder(loop, state.engine)
+    for door, _listeners in doors:
+        door.policy.on_rate_exceeded = recorder.note
+    in_sessions = plugins is not None and plugins.hooks - {*IN_WORKER}
+    hooks = HookHost(plugins, routes.names) if plugins is not None and in_sessions else None
     server = FrontEnd(
         loop, settings, receiver, size_limit, authenticator, last_descriptor, certificate, hooks
     )
@@ -132,6 +138,7 @@ async def _serve(
     if plugins is not None:
         await plugins.stop()
     await authenticator.close()
+    await recorder.close()
     await spooler.close(5.0)
     await loop.run_in_executor(None, threads.close, 5.0)
     await loop.run_in_executor(None, hints.close)

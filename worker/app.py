@@ -20,14 +20,19 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import sqlalchemy
 from celery import Celery, Task, signals
 from celery.concurrency import get_implementation
 from celery.concurrency.thread import TaskPool
 from celery.exceptions import SecurityWarning
 
+from plugins.runner import Plugins
 from relay import metrics
 from relay.db.engine import DatabaseError, retry_until_available
 from relay.dsn.generator import DsnGenerator
+from relay.events.outbox import Outbox
+from relay.events.subscriptions import Subscriptions
+from relay.events.webhooks import Webhook, load_webhooks
 from relay.hints import QUEUES, RETRY, TASK, Hints, celery_app
 from relay.log import configure, get_logger
 from relay.queue.claim import WorkerQueue
@@ -44,7 +49,11 @@ from worker.cleaner import Cleaner
 from worker.consumer import LARGEST
 from worker.delivery import report_failure
 from worker.engine import RECORDING_TIME, Engine
+from worker.event_receiver import EventReceiver
+from worker.notifier import CONCURRENCY, Notifier
 from worker.periodic import PeriodicThread
+from worker.plugin_receiver import HOOK as EVENT_HOOK
+from worker.plugin_receiver import receiving
 from worker.rerouter import Rerouter
 from worker.segment_cleaner import SegmentCleaner
 from worker.spool_keeper import SpoolKeeper
@@ -87,6 +96,7 @@ class WorkerProcess:
         settings = self.settings
         try:
             routes = Routes.load(settings)
+            plugins = _plugins_with_events(settings)
             state = ready(settings)
         except (SettingsError, DatabaseError, SpoolError) as error:
             _refuse(str(error))
@@ -113,13 +123,14 @@ class WorkerProcess:
         servers.pauses = retry_until_available(rescuer.paused)
         self.engine = Engine(settings, queue, state.spool, routes, servers=servers)
         hints = Hints(self.app, RETRY, settings.batch_size)
-        parts = (
+        parts: tuple[PeriodicThread | Hints | Notifier, ...] = (
             Sweeper(settings, rescuer, generator, self.engine, hints),
             Cleaner(settings, state.engine, state.spool),
             SegmentCleaner(settings, state.engine, state.spool),
             Rerouter(rescuer, operations, routes),
             SpoolKeeper(state.engine, state.spool, mark),
             hints,
+            *_notifiers(settings, state.engine, plugins),
         )
         # Celery installs its own handler later. A SIGTERM before that would make uncertain what the
         # engine is sending.
@@ -134,7 +145,7 @@ class WorkerProcess:
         ).start()
         freeze_memory()
 
-    def _drain(self, engine: Engine, parts: Sequence[PeriodicThread | Hints]) -> None:
+    def _drain(self, engine: Engine, parts: Sequence[PeriodicThread | Hints | Notifier]) -> None:
         self._stop_requested.wait()
         limit = self.settings.drain_timeout + 2 * RECORDING_TIME
         timer = threading.Timer(limit, _leave, args=("the drain took too long",))
@@ -179,6 +190,46 @@ class WorkerProcess:
         if self.engine is not None:
             self._stop_requested.set()
             self._drained.wait()
+
+
+def _plugins_with_events(settings: WorkerSettings) -> Plugins | None:
+    """The plugins, if one of them has the hook `event`. Raises SettingsError."""
+    from plugins.loader import load as load_plugins
+
+    plugins = load_plugins(settings)
+    return plugins if plugins is not None and EVENT_HOOK in plugins.hooks else None
+
+
+def _notifiers(
+    settings: WorkerSettings, engine: sqlalchemy.Engine, plugins: Plugins | None
+) -> Sequence[Notifier]:
+    """The notifier, if there is a receiver of events. Its subscriptions are registered here, before
+    mail flows, so that it gets every event of this worker."""
+    webhooks = load_webhooks(settings)
+    hooked = receiving(plugins) if plugins is not None else []
+    if not webhooks and not hooked:
+        return ()
+    subscriptions = Subscriptions(engine)
+    wanted = [webhook.subscription for webhook in webhooks]
+    wanted += [receiver.subscription for receiver in hooked]
+    retry_until_available(lambda: subscriptions.register(wanted))
+    return (
+        Notifier(
+            Outbox(engine),
+            subscriptions,
+            lambda: [*_clients(webhooks), *hooked],
+            stop=plugins.stop if plugins is not None else None,
+        ),
+    )
+
+
+def _clients(webhooks: Sequence[Webhook]) -> Sequence[EventReceiver]:
+    """A client of each webhook; imported here, because most workers have none."""
+    if not webhooks:
+        return ()
+    from worker.webhook_client import WebhookClient
+
+    return [WebhookClient(webhook, connections=CONCURRENCY) for webhook in webhooks]
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -1,7 +1,8 @@
 -- What the cleaner removes, on PostgreSQL.
 
 -- name: finished_messages
--- Messages of which nothing is needed any more, and that were finished `:retention` seconds ago.
+-- Messages of which nothing is needed any more, of which no event waits, and that were finished
+-- `:retention` seconds ago.
 -- Ids begin with their time, so `:bound` makes an index scan.
 SELECT replace(CAST(m.id AS text), '-', '') AS queue_id FROM messages m
 WHERE m.id < :bound AND m.received_at < now() - :retention * interval '1 second'
@@ -10,6 +11,7 @@ WHERE m.id < :bound AND m.received_at < now() - :retention * interval '1 second'
         SELECT 1 FROM deliveries d WHERE d.queue_id = m.id
         AND (d.state IN ('queued', 'sending', 'deferred', 'held') OR d.due_at IS NOT NULL
             OR d.finished_at >= now() - :retention * interval '1 second'))
+    AND NOT EXISTS (SELECT 1 FROM notifications n WHERE n.queue_id = m.id)
     AND NOT EXISTS (
         SELECT 1 FROM recipients r
         LEFT JOIN deliveries d ON d.queue_id = r.queue_id AND d.number = r.delivery
@@ -19,6 +21,8 @@ ORDER BY m.id LIMIT :most;
 -- name: delete_messages
 -- The row of the message is the last: it is how the others are found.
 DELETE FROM attempts WHERE queue_id IN (
+    SELECT CAST(value AS uuid) FROM json_array_elements_text(CAST(:ids AS json)));
+DELETE FROM events WHERE queue_id IN (
     SELECT CAST(value AS uuid) FROM json_array_elements_text(CAST(:ids AS json)));
 DELETE FROM audit_deliveries WHERE queue_id IN (
     SELECT CAST(value AS uuid) FROM json_array_elements_text(CAST(:ids AS json)));

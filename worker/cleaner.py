@@ -1,9 +1,9 @@
 """The cleaner: removes finished messages and bodies that no delivery needs, one worker at a time.
 
-Every ten minutes it removes the rows of messages that have been finished for RETENTION, and every
-six hours it scans the spool (`relay.spool.orphans`) for deletable bodies and for files without a
-row. A file without a row is moved to `orphans/`, because it may belong to a message whose rows were
-lost.
+Every ten minutes it removes the rows of messages that have been finished for RETENTION, and
+subscriptions that no worker has (`relay.events.subscriptions`). Every six hours it scans the spool
+(`relay.spool.orphans`) for deletable bodies and for files without a row. A file without a row is
+moved to `orphans/`, because it may belong to a message whose rows were lost.
 
 What must stay true: nothing without a row is touched before it is ORPHAN_MOVE_AGE old and some row
 is newer; only files with names that the relay gives are touched; the body is removed before the
@@ -23,6 +23,7 @@ from sqlalchemy import Engine
 from relay.db.engine import reading, writing
 from relay.db.sql import Queries
 from relay.dsn.generator import LIMIT
+from relay.events.subscriptions import Subscriptions
 from relay.ids import dashed
 from relay.log import get_logger
 from relay.settings import Settings
@@ -71,6 +72,7 @@ class Cleaner(PeriodicThread):
             engine, __name__, retention=settings.retention, limits=2 * LIMIT, most=BATCH
         )
         self._orphans = OrphanScanner(engine, spool)
+        self._subscriptions = Subscriptions(engine)
         self._spool_at = 0.0
 
     def turn(self) -> None:
@@ -79,6 +81,8 @@ class Cleaner(PeriodicThread):
         with exclusive(self._engine, LOCK_KEY, "cleaner") as locked:
             if locked:
                 self.clean()
+                for name in self._subscriptions.remove_stale():
+                    log.warning("subscription removed", subscription=name)
             if locked and time.monotonic() >= self._spool_at:
                 self.clean_spool()
                 self._spool_at = time.monotonic() + SPOOL_INTERVAL

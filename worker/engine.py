@@ -48,7 +48,7 @@ from worker.quarantine import MIN_CRASHES, Quarantine
 
 log = get_logger(__name__)
 MAX_FAULT_PAUSE = 30.0  # seconds without claims after a local fault
-GATHER = 0.005  # seconds in which commands gather while there are many
+GATHER = 0.005  # seconds in which free slots and outcomes gather while there are many
 STANDSTILL = 1.0  # seconds between two ticks: the process or its machine was stopped
 RECORDING_TIME = 5.0  # seconds at the end of a drain for the last outcomes to be recorded
 
@@ -92,6 +92,8 @@ class Engine:
         self._unrecorded = 0  # completions that are not committed yet
         self._faults = 0  # in a row
         self._paused_until = 0.0
+        self._claim_at = 0.0  # when slots have gathered for the next claims
+        self._gathered: asyncio.TimerHandle | None = None
         self._stopping = False
         self.heartbeat = time.monotonic()  # when the loop last turned
 
@@ -196,15 +198,29 @@ class Engine:
             and not self._quarantine.blocks_claims(now)
             and self.lease.may_commit(self.lease.worker)
         ):
-            self.producer.produce(self.lease.worker, now)
+            if self._active and now < self._claim_at:
+                self._gather(self._claim_at - now)
+            else:
+                self.producer.produce(self.lease.worker, now)
+
+    def _gather(self, seconds: float) -> None:
+        """Lets more slots become free: a claim for each would cost a transaction for each."""
+        if self._gathered is None:
+            self._gathered = self._loop.call_later(seconds, self._end_gather)
+
+    def _end_gather(self) -> None:
+        self._gathered = None
+        self._poll()
 
     def _request(self, request: ClaimRequest, handler: ClaimsHandler) -> None:
-        self._commands.put(request, partial(self._claimed, request.worker, handler))
+        self._commands.put(request, partial(self._claimed, request.worker, handler), urgent=True)
 
     def _claimed(
         self, worker: str, handler: ClaimsHandler, result: CommandResult | Exception
     ) -> None:
         claims = result if isinstance(result, list) else []
+        if len(claims) > 1:
+            self._claim_at = time.monotonic() + GATHER
         slots = handler(claims)
         if claims:
             self._bodies.open(claims, partial(self._opened, worker, claims, slots))

@@ -1,5 +1,5 @@
 """The command line `qmqp-relay COMMAND`. The commands for the queue are in `commands.cli.queue`,
-those for users in `commands.cli.users`.
+those for users in `commands.cli.users`, those for events in `commands.cli.events`.
 
 A command is a thin function: it reads its settings, calls the module that does the work, and
 returns an exit status. `commands.errors.command` turns errors into sentences. Heavy modules are
@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from commands.cli.events import events, webhooks
 from commands.cli.queue import Json, Yes, queue
 from commands.cli.users import users
 from commands.errors import DONE, command
@@ -209,18 +210,20 @@ def fsck(
 
 @command(main, warn=False)
 def web() -> int:
-    """Serve web pages that show the queue. Read only, on RELAY_WEB_LISTEN."""
+    """Serve a page that shows the queue, on RELAY_WEB_LISTEN. Operators who log in act there."""
     from commands.web.app import run
     from relay.log import configure
-    from relay.settings import Settings, load
+    from relay.settings import SmtpdSettings, load
 
-    settings = load(Settings)
+    settings = load(SmtpdSettings)
     configure(settings)
     return run(settings)
 
 
 main.add_typer(queue)
 main.add_typer(users)
+main.add_typer(events)
+main.add_typer(webhooks)
 
 
 if __name__ == "__main__":

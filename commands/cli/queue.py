@@ -9,7 +9,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -183,16 +183,13 @@ def length(option: str, text: str | None) -> float | None:
 
 
 def _moments(texts: tuple[str, str]) -> tuple[datetime, datetime]:
-    """Two times in the form of ISO 8601; one without a zone is in UTC."""
-    moments = list[datetime]()
-    for text in texts:
-        try:
-            moment = datetime.fromisoformat(text)
-        except ValueError:
-            hint = "write 2026-11-25, '2026-11-25 13:00' or 2026-11-25T13:00:00+01:00"
-            raise typer.BadParameter(f"--received-between: {text} is no time: {hint}") from None
-        moments.append(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
-    return moments[0], moments[1]
+    """Two times; raises BadParameter."""
+    from relay.report.filters import parse_moment
+
+    try:
+        return parse_moment(texts[0]), parse_moment(texts[1])
+    except ValueError as error:
+        raise typer.BadParameter(f"--received-between: {error}") from None
 
 
 def filtered(function: Callable[..., int], *omitted: str) -> Callable[..., int]:

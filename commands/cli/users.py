@@ -59,6 +59,33 @@ def add(
     )
 
 
+@command(users, "set")
+def set_(
+    name: Name,
+    role: Annotated[str | None, typer.Option(help="sender, viewer or operator.")] = None,
+    sender: Annotated[
+        list[str] | None,
+        typer.Option(help="Senders it may use, instead of those before; may be repeated."),
+    ] = None,
+    messages_per_minute: Annotated[
+        int | None, typer.Option(min=0, max=100_000, help="Most messages in a minute; 0: any.")
+    ] = None,
+    reason: Reason = "",
+    json_lines: Json = False,
+) -> int:
+    """Change what a user may do. Its open sessions follow within seconds."""
+    from commands.ops.users import change
+
+    return change(
+        name,
+        role=role,
+        senders=sender or [],
+        messages_per_minute=messages_per_minute,
+        reason=reason,
+        json_lines=json_lines,
+    )
+
+
 @command(users)
 def passwd(
     name: Name, password_file: PasswordFile = None, reason: Reason = "", json_lines: Json = False

@@ -11,16 +11,17 @@ import os
 import socket
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
 import typer
+from sqlalchemy import Engine
 
 from commands.errors import DONE, INTERRUPTED, NOTHING_MATCHED, WRONG_USE, CommandError, say
 from commands.ops.show import COLUMNS, mounted_spool, opened, resolved
 from commands.ops.uncommitted import journal_answers
 from commands.output import as_json, counted, write
-from relay.queue.operations import OPERATIONS, REROUTE, QueueOperations
+from relay.queue.operations import OPERATIONS, REROUTE, Operation, QueueOperations
 from relay.queue.states import State
 from relay.report.filters import Filter
 from relay.report.queries import QueueReader
@@ -76,7 +77,7 @@ def change(
             )
         age = "newest" if newest else "oldest"
         oldest = "" if limit is None or limit >= matched.total() else f"the {age} {limit} of "
-        summary = f"{name} {oldest}{_counts(matched)}"
+        summary = f"{name} {oldest}{counts_text(matched)}"
         if dry_run:
             rows = operations.matching_rows(operation, filter_, limit=limit, newest=newest)
             write(rows, COLUMNS, json_lines=json_lines)
@@ -84,32 +85,30 @@ def change(
             return DONE
         if min(matched.total(), limit or 2) > 1 and not confirmed(summary, yes=yes):
             return NOTHING_MATCHED
-        chunks = operations.in_chunks(
+        chunks = changing(
+            engine,
+            settings,
             operation,
             filter_,
             actor=actor(),
             reason=reason,
             limit=limit,
             newest=newest,
-            route_for=Routes.load(settings).route_for if operation is REROUTE else None,
         )
-        spool, changed, removed = mounted_spool(settings, queue), Counter[str](), 0
+        changed, removed = Counter[str](), 0
         interrupted = True
         with suppress(KeyboardInterrupt):
             for counts, bodies in chunks:
                 changed.update(counts)
-                removed += sum(map(spool.remove, bodies)) if spool else 0
+                removed += bodies
             interrupted = False
-    text = f"{name}: {_counts(changed)}" + (f", bodies removed: {removed}" if removed else "")
+    text = changed_text(name, changed, removed)
     if json_lines:
         row = {"verb": name, "deliveries": changed.total(), "were": changed}
         text = as_json(row | {"bodies_removed": removed})
     typer.echo(text)
     if sending := changed[State.SENDING]:
-        after = "they are no longer held after this attempt"
-        if operation.pending:
-            after = f"{name} follows after this attempt, unless the server accepts"
-        say(f"{sending} being sent: {after}")
+        say(f"{sending} being sent: {after_sending(name, operation)}")
     if interrupted:
         total = counted(matched.total())
         text = f"interrupted after {changed.total()} of {total}; the others are unchanged"
@@ -117,7 +116,47 @@ def change(
     return DONE if changed else NOTHING_MATCHED
 
 
-def _counts(counts: Mapping[str, int]) -> str:
+def changing(
+    engine: Engine,
+    settings: Settings,
+    operation: Operation,
+    filter_: Filter,
+    *,
+    actor: str,
+    reason: str,
+    limit: int | None = None,
+    newest: bool = False,
+) -> Iterator[tuple[Counter[str], int]]:
+    """Change the deliveries chunk by chunk, and remove the bodies that are needed no longer: after
+    each COMMIT the deliveries by the state before, and the number of bodies."""
+    spool = mounted_spool(settings, QueueReader(engine))
+    chunks = QueueOperations(engine, sends_dsns=settings.bounces == "dsn").in_chunks(
+        operation,
+        filter_,
+        actor=actor,
+        reason=reason,
+        limit=limit,
+        newest=newest,
+        route_for=Routes.load(settings).route_for if operation is REROUTE else None,
+    )
+    for counts, bodies in chunks:
+        yield counts, sum(map(spool.remove, bodies)) if spool else 0
+
+
+def changed_text(name: str, changed: Mapping[str, int], removed: int) -> str:
+    """What an operation has done: `drop: 2 deliveries (2 held), bodies removed: 2`."""
+    return f"{name}: {counts_text(changed)}" + (f", bodies removed: {removed}" if removed else "")
+
+
+def after_sending(name: str, operation: Operation) -> str:
+    """What becomes of deliveries that are being sent."""
+    if operation.pending:
+        return f"{name} follows after this attempt, unless the server accepts"
+    return "they are no longer held after this attempt"
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """`3 deliveries (1 held, 2 queued)`."""
     parts = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
     return f"{counted(sum(counts.values()))} ({parts})" if parts else "nothing"
 
@@ -126,11 +165,9 @@ def pause(
     route: str | None, server: str | None, *, reason: str, resume: bool, json_lines: bool = False
 ) -> int:
     """Pause or resume a route or a server; the exit status."""
-    if (route is None) == (server is None):
-        raise CommandError(WRONG_USE, "name one: --route NAME or --server HOST")
     settings = load(Settings)
     try:
-        subject = f"route:{route}" if server is None else f"server:{parse_server(server).name}"
+        subject = subject_of(route, server)
     except ValueError as error:
         raise CommandError(WRONG_USE, str(error)) from None
     verb, after = ("resume", "resumed") if resume else ("pause", "paused")
@@ -150,6 +187,13 @@ def pause(
         names = ", ".join(sorted(known))
         say(f"{subject} is not configured, and was not tried in the last hour; known are {names}")
     return DONE
+
+
+def subject_of(route: str | None, server: str | None) -> str:
+    """What a pause is about, `route:NAME` or `server:NAME`; raises ValueError."""
+    if bool(route) == bool(server):
+        raise ValueError("name one: --route NAME or --server HOST")
+    return f"server:{parse_server(server).name}" if server else f"route:{route}"
 
 
 def _subjects(settings: Settings, queue: QueueReader) -> set[str]:

@@ -1,22 +1,35 @@
 """`qmqp-relay problems`: what is wrong now, with the next command to type.
 
-`relay.report.problems` reads the database; the disk is that of the spool, if it is mounted here.
+`relay.report.problems` reads the database; the disk is that of the spool, if it is mounted here,
+and the certificate is in the files that the settings name.
 The exit status is 1 if there is a problem. With --nagios the output is one line with performance
 data, and the status is that of a Nagios plugin: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN.
 """
 
+import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import typer
+from sqlalchemy import Engine
 
 from commands.errors import DONE, explanation, say
 from commands.ops.show import disk_of, mounted_spool, opened
 from commands.output import Columns, ago, plain, write
 from relay.queue.uncommitted import journal_lag
-from relay.report.problems import CRITICAL, KINDS, Problem, Problems, disk, journal
+from relay.report.problems import (
+    CRITICAL,
+    KINDS,
+    Problem,
+    Problems,
+    certificate,
+    disk,
+    journal,
+)
 from relay.report.queries import QueueReader
-from relay.settings import Settings, load
+from relay.settings import SmtpdSettings, load
+from relay.tls import DAY, WARN_DAYS, CertificateError, load_pair
 
 FOUND = 1
 NAGIOS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
@@ -42,19 +55,33 @@ def show_problems(*, form: str, nagios: bool) -> int:
 
 def find_problems() -> tuple[list[Problem], int]:
     """Every problem, the most urgent first, and how many deliveries wait."""
-    settings = load(Settings)
+    settings = load(SmtpdSettings)
     with opened(settings) as engine:
-        problems = Problems(engine)
-        spool = mounted_spool(settings, QueueReader(engine))
-        disks = [
-            problem
-            for row in disk_of(spool)
-            for problem in disk(row["directory"], row["free_bytes"], row["total_bytes"])
-        ]
-        lag = journal_lag(spool, QueueReader(engine).segments()) if spool else None
-        behind = journal(lag.messages, lag.seconds) if lag else ()
-        found = sorted([*problems.all(), *disks, *behind], key=lambda one: KINDS.index(one.kind))
-        return found, problems.waiting()
+        return problems_of(engine, settings), Problems(engine).waiting()
+
+
+def problems_of(engine: Engine, settings: SmtpdSettings) -> list[Problem]:
+    """The problems of a database and, if it is mounted here, of its spool."""
+    spool = mounted_spool(settings, QueueReader(engine))
+    disks = [
+        problem
+        for row in disk_of(spool)
+        for problem in disk(row["directory"], row["free_bytes"], row["total_bytes"])
+    ]
+    lag = journal_lag(spool, QueueReader(engine).segments()) if spool else None
+    behind = journal(lag.messages, lag.seconds) if lag else ()
+    found = [*Problems(engine).all(), *disks, *behind, *_certificate(settings)]
+    return sorted(found, key=lambda one: KINDS.index(one.kind))
+
+
+def _certificate(settings: SmtpdSettings) -> Iterator[Problem]:
+    file, days, fault = settings.tls_certificate, 0.0, ""
+    if file is not None:
+        try:
+            days = (load_pair(settings, settings.tls_client_ca).expires_at - time.time()) / DAY
+        except CertificateError as error:
+            fault = str(error)
+        yield from certificate(str(file), days, WARN_DAYS, fault)
 
 
 def _nagios() -> int:

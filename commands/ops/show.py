@@ -54,6 +54,7 @@ from relay.spool.store import BodyUnsendable, Spool
 ID_DIGITS = 12  # a table shows the end of an id: these digits are random, and find the message
 POSSIBLY_DELIVERED = (Outcome.UNCERTAIN, Outcome.MALFORMED)
 MAX_WORKERS = 50  # that a table shows
+MAX_HEADER = 64 << 10  # octets of a header that the page shows
 
 
 _CELLS: dict[str, Callable[[Any], str]] = {
@@ -135,6 +136,11 @@ _SUMMARY = _columns("STATE ROUTE DELIVERIES BYTES OLDEST=oldest_seconds OVERDUE 
 _PAUSES = _columns("PAUSED=subject SINCE=paused_at BY=actor DELIVERIES REASON")
 _JOURNAL = _columns("WITHOUT_ROWS=messages BYTES FOR=lag_seconds SEGMENTS DISK LIVE")
 _RECEIVED = _columns("LAST_MINUTE LAST_HOUR BYTES")
+_LIMITED: Columns = {
+    "LIMIT": lambda row: f"{row['subject']}-{row['what']}",
+    "NAME": lambda row: row["name"] or "(others)",
+    **_columns("REFUSED LAST=last_at"),
+}
 _RATES = _columns("OUTCOME LAST_MINUTE LAST_HOUR BYTES=bytes_sent MEAN=seconds")
 _FLOW = _columns("MINUTES IN=received OUT=finished WAITING DRAINED_IN=drain_seconds")
 _VERSIONS = _columns(
@@ -416,6 +422,26 @@ def show_body(end: str, *, header_only: bool) -> int:
     return DONE
 
 
+def stored_header(queue: QueueReader, settings: Settings, queue_id: str) -> tuple[list[str], bool]:
+    """The lines of the header of a stored message, and whether MAX_HEADER cut it short; raises
+    BodyUnsendable, and OSError for a spool that is not mounted here."""
+    message, spool = queue.message(queue_id), mounted_spool(settings, queue)
+    if spool is None:
+        raise FileNotFoundError("the spool is not mounted here")
+    lines, octets = list[str](), 0
+    with Bodies(spool, queue.engine).stream(
+        message.queue_id, message.size, _place(message)
+    ) as body:
+        for line in body:
+            octets += len(line)
+            if line == b"\n":
+                break
+            if octets > MAX_HEADER:
+                return lines, True
+            lines.append(line.rstrip(b"\n").decode("utf-8", "backslashreplace").expandtabs())
+    return lines, False
+
+
 def journal_rows(settings: Settings, queue: QueueReader) -> list[Row]:
     """The lag and the size of the journal, in one row; none if the spool is not mounted here."""
     spool = mounted_spool(settings, queue)
@@ -464,6 +490,12 @@ def show_stats(*, json_lines: bool) -> int:
             ("disk", "disk of the spool", disk_of(mounted_spool(settings, queue)), _DISK),
             ("version", "tries of the last day by version", statistics.read("versions"), _VERSIONS),
             ("received", "received messages", [statistics.received()], _RECEIVED),
+            (
+                "rate_limit",
+                "refused by rate limits in the last day",
+                statistics.rate_limited(),
+                _LIMITED,
+            ),
             ("rate", "tries of the last hour", statistics.read("rates"), _RATES),
             (
                 "slowest",

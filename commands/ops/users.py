@@ -44,14 +44,7 @@ def add(
     json_lines: bool,
 ) -> int:
     """Add a user; the exit status."""
-    try:
-        name, patterns = user_name(name), [sender_pattern(text) for text in senders]
-        user_role = Role(role)
-    except ValueError as error:
-        text = str(error)
-        if role not in list(Role):
-            text = f"no role {role}: choose one of {', '.join(Role)}"
-        raise CommandError(WRONG_USE, text) from None
+    name, user_role, patterns = _stored(name), _role(role), _patterns(senders)
     with opened(load(Settings)) as engine:
         users = Users(engine)
         if users.find([name]):
@@ -70,6 +63,37 @@ def add(
             reason=reason,
         )
     return _report("add", name, "added", done=done, json_lines=json_lines)
+
+
+def change(
+    name: str,
+    *,
+    role: str | None,
+    senders: Iterable[str],
+    messages_per_minute: int | None,
+    reason: str,
+    json_lines: bool,
+) -> int:
+    """Change what a user may do; the exit status."""
+    name, patterns = _stored(name), _patterns(senders)
+    new_role = None if role is None else _role(role)
+    if new_role is None and not patterns and messages_per_minute is None:
+        raise CommandError(
+            WRONG_USE, "nothing to change: add --role, --sender or --messages-per-minute"
+        )
+    with opened(load(Settings)) as engine:
+        users = Users(engine)
+        if not users.find([name]):
+            raise _no_user(name)
+        done = users.change(
+            name,
+            role=new_role,
+            senders=patterns,
+            messages_per_minute=messages_per_minute,
+            actor=actor(),
+            reason=reason,
+        )
+    return _report("set", name, "changed", done=done, json_lines=json_lines)
 
 
 def set_password(name: str, password_file: Path | None, *, reason: str, json_lines: bool) -> int:
@@ -127,6 +151,19 @@ def _report(verb: str, name: str, after: str, *, done: bool, json_lines: bool) -
 def _stored(name: str) -> str:
     try:
         return user_name(name)
+    except ValueError as error:
+        raise CommandError(WRONG_USE, str(error)) from None
+
+
+def _role(text: str) -> Role:
+    if text not in list(Role):
+        raise CommandError(WRONG_USE, f"no role {text}: choose one of {', '.join(Role)}")
+    return Role(text)
+
+
+def _patterns(senders: Iterable[str]) -> list[str]:
+    try:
+        return [sender_pattern(text) for text in senders]
     except ValueError as error:
         raise CommandError(WRONG_USE, str(error)) from None
 

@@ -48,7 +48,8 @@ class CommitThread[Item, Result]:
     `commit` writes the items of a batch in one transaction and returns their results in the same
     order; `post` runs a function in the owners' thread (an event loop's `call_soon_threadsafe`);
     `largest` bounds a batch. After a batch of more than one the thread waits `gather` seconds for
-    the next: a row in a batch of eight costs half of what it costs in a batch of four.
+    the next, unless an urgent item ends the wait: a row in a batch of eight costs half of what it
+    costs in a batch of four.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class CommitThread[Item, Result]:
         self.database_away = False
         self._waiting: deque[PendingItem[Item]] = deque()
         self._changed = threading.Condition()
+        self._urgent = False  # an item must not wait for others
         self._closing = False
         self._give_up_at = float("inf")
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -75,12 +77,15 @@ class CommitThread[Item, Result]:
         """Start committing."""
         self._thread.start()
 
-    def put(self, item: Item, done: Callable[[Result | Exception], None]) -> None:
+    def put(
+        self, item: Item, done: Callable[[Result | Exception], None], *, urgent: bool = False
+    ) -> None:
         """Add an item. `done` gets its result, or the error of its row; the error of an outage only
-        if `close` gave up."""
+        if `close` gave up. An urgent item does not wait for others."""
         with self._changed:
             self._waiting.append(PendingItem(item, done))
-            if len(self._waiting) == 1:
+            self._urgent = self._urgent or urgent
+            if urgent or len(self._waiting) == 1:
                 self._changed.notify()
 
     def close(self, timeout: float) -> bool:
@@ -108,10 +113,13 @@ class CommitThread[Item, Result]:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing)
             if gather:
-                self._changed.wait_for(
-                    lambda: self._closing or len(self._waiting) >= self._largest, gather
-                )
+                self._changed.wait_for(self._is_due, gather)
+            self._urgent = False
             return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._largest))]
+
+    def _is_due(self) -> bool:
+        """Whether what has gathered must wait no longer."""
+        return self._closing or self._urgent or len(self._waiting) >= self._largest
 
     def _commit_batch(self, batch: list[PendingItem[Item]]) -> Answers[Item]:
         """The result of each item, or the error of its row, or of an outage that `close` did not

@@ -18,6 +18,6 @@ def literals(values: tuple[str, ...] | type[StrEnum]) -> str:
     return ", ".join(f"'{value}'" for value in values)
 
 
-REVISION = "0008"  # the newest migration
+REVISION = "0010"  # the newest migration
 LONGEST_INDEXED = 1000
 LONGEST_TEXT = 4000

@@ -17,6 +17,9 @@ from sqlalchemy import Connection, Engine, TextClause, text
 
 _NAME = re.compile(r"^-- name: (\w+)$", re.M)
 _COMMENT_OR_STRING = re.compile(r"(--[^\n]*)|'(?:[^']|'')*'")
+# The body of a function or a trigger, whose statements end in semicolons too.
+_BODY = re.compile(r"\$\$.*?\$\$|^BEGIN$.*?^END(?=;$)", re.M | re.S)
+_END = re.compile(r";\s*$", re.M)
 
 
 @cache
@@ -24,7 +27,8 @@ def named_statements(module: str, database: str) -> Mapping[str, tuple[TextClaus
     """The statements of `<module>.<database>.sql`, by name.
 
     A name stands alone in a line `-- name: claim_hinted`. Its statements follow, each ended by a
-    semicolon at the end of a line. Comments stay behind; a database shows each statement with its
+    semicolon at the end of a line; the body of a function stands between `$$`, that of a trigger
+    between lines BEGIN and END. Comments stay behind; a database shows each statement with its
     module and name. Raises ValueError for a name that stands twice or has no whole statement.
     """
     package, _, subject = module.rpartition(".")
@@ -34,7 +38,8 @@ def named_statements(module: str, database: str) -> Mapping[str, tuple[TextClaus
     for name, body in zip(parts[::2], parts[1::2], strict=True):
         # A colon inside of a string is not the beginning of a parameter.
         plain = _COMMENT_OR_STRING.sub(lambda m: "" if m[1] else m[0].replace(":", r"\:"), body)
-        *statements, rest = re.split(r";\s*$", plain, flags=re.M)
+        whole = _BODY.sub(lambda m: _END.sub(";\0", m[0]), plain)
+        *statements, rest = (part.replace("\0", "\n") for part in _END.split(whole))
         if name in named or not statements or rest.strip():
             raise ValueError(f"{subject}.{database}.sql: {name} stands twice or is not whole")
         title = f"-- {module} {name}\n"

@@ -80,7 +80,7 @@ WHERE queue_id = :id AND number IN (
     SELECT CAST(value AS int) FROM json_array_elements_text(CAST(:numbers AS json)));
 
 -- name: clear_warning
--- `:warned`: the sender gets a warning, or would get one if it were not withheld.
+-- `:warned`: the sender gets a warning.
 UPDATE deliveries
 SET warn_at = NULL, warned_at = CASE WHEN :warned THEN now() ELSE warned_at END
 WHERE queue_id = :id AND number IN (

@@ -190,14 +190,17 @@ class DsnGenerator:
     ) -> dict[str, Any]:
         """Build the delay warning about a message, if it is the first and its sender wants it.
 
-        Deliveries that another worker has locked belong to it too: there is no second warning. A
-        warning that is withheld is marked as well, or the next turn would find it again.
+        Deliveries that another worker has locked belong to it too: there is no second warning. One
+        that is withheld is not due again either, but its deliveries are not marked as warned.
         """
         waiting = [one for one in recipients if one.kind is Kind.DELAYED]
         wanted = [one for one in waiting if _wants(original, one, "DELAY")]
         due = bool(wanted) and not any(one.warned for one in recipients)
-        self._change(connection, "clear_warning", original.id, numbers, warned=due)
-        return self._build(connection, dsn_id, original, wanted, Kind.DELAYED) if due else {}
+        fields: dict[str, Any] = {}
+        if due:
+            fields = self._build(connection, dsn_id, original, wanted, Kind.DELAYED)
+        self._change(connection, "clear_warning", original.id, numbers, warned=bool(fields))
+        return fields
 
     def _allowed(
         self, connection: Connection, original: Original, recipients: Sequence[Failure]

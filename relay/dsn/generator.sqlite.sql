@@ -75,7 +75,7 @@ UPDATE deliveries SET due_at = NULL
 WHERE queue_id = :id AND number IN (SELECT value FROM json_each(:numbers));
 
 -- name: clear_warning
--- `:warned`: the sender gets a warning, or would get one if it were not withheld.
+-- `:warned`: the sender gets a warning.
 UPDATE deliveries
 SET warn_at = NULL, warned_at = CASE WHEN :warned THEN (SELECT now FROM clock) ELSE warned_at END
 WHERE queue_id = :id AND number IN (SELECT value FROM json_each(:numbers));

@@ -199,6 +199,17 @@ def bracketed(header_message_id: str) -> str:
     return head + header_message_id + ("" if header_message_id.endswith((">", "*")) else ">")
 
 
+def parse_moment(text: str) -> datetime:
+    """A time in the form of ISO 8601; one without a zone is in UTC. Raises ValueError that says
+    what to write."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        hint = "write 2026-11-25, '2026-11-25 13:00' or 2026-11-25T13:00:00+01:00"
+        raise ValueError(f"{text} is no time: {hint}") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
 def _for_server(server: str, spelling: Spelling) -> str:
     """The condition for mail that was last tried at a server, or that would go there."""
     matches = f"{spelling.like} :server ESCAPE '\\'" if "*" in server else "= :server"

@@ -8,6 +8,7 @@ must stay true: the view `reason_summary` masks in the same way on both database
 
 import re
 
+ADDRESS_MASK, NUMBER_MASK = "<address>", "#"
 _ADDRESS = re.compile(r"[^ ]*@[^ ]*")
 # A word with a digit that is neither a status code of RFC 5321 nor one of RFC 3463.
 _NUMBER = re.compile(
@@ -17,4 +18,4 @@ _NUMBER = re.compile(
 
 def masked(reason: str) -> str:
     """The reason with each address as `<address>`, and each other word with a digit as `#`."""
-    return _NUMBER.sub("#", _ADDRESS.sub("<address>", reason))
+    return _NUMBER.sub(NUMBER_MASK, _ADDRESS.sub(ADDRESS_MASK, reason))

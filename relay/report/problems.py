@@ -12,7 +12,7 @@ that only waits for a server that is down is part of that problem.
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 from relay.report.queries import Reader
@@ -24,17 +24,23 @@ type Kind = Literal[
     "overdue",
     "journal",
     "disk",
+    "certificate",
     "held",
     "uncertain",
     "expiring",
+    "certificate_ends",
     "paused_long",
+    "webhook",
     "failures",
 ]
 # In the order in which they are shown.
 KINDS: tuple[Kind, ...] = Kind.__value__.__args__
-CRITICAL = frozenset({"server_down", "no_worker", "not_claimed", "overdue", "journal", "disk"})
+CRITICAL = frozenset(
+    {"server_down", "no_worker", "not_claimed", "overdue", "journal", "disk", "certificate"}
+)
 SLACK = 60.0  # seconds for which mail may be overdue: a worker is starting, or all are busy
 SOON = 6 * 3600.0  # seconds before mail expires
+LATE_EVENTS = 300.0  # seconds that an event may wait for its webhook
 LEAST_FAILURES = 20  # failed deliveries of the last hour that may be a leap
 MIN_FREE_BYTES, MIN_FREE_PART = 1e9, 0.05  # of the disk of the spool
 
@@ -43,9 +49,9 @@ MIN_FREE_BYTES, MIN_FREE_PART = 1e9, 0.05  # of the disk of the spool
 class Problem:
     """Something that an operator should look at.
 
-    `subject`: the server, route, domain or directory that it is about, else empty. `since`: None if
-    that is not known. `count`: how many deliveries it concerns, or the free bytes of a disk.
-    `next`: the command to type.
+    `subject`: the server, route, domain, directory or file that it is about, else empty. `since`:
+    None if that is not known. `count`: how many deliveries it concerns, the free bytes of a disk,
+    or the days that a certificate has left. `next`: the command to type.
     """
 
     kind: Kind
@@ -68,6 +74,7 @@ class Problems(Reader):
             *self.uncertain(),
             *self.expiring(),
             *self.pauses(),
+            *self.webhooks(),
             *self.failures(),
         ]
         return sorted(found, key=lambda problem: KINDS.index(problem.kind))
@@ -143,6 +150,23 @@ class Problems(Reader):
                 f"qmqp-relay resume --{kind} {shlex.quote(name)}",
             )
 
+    def webhooks(self) -> Iterator[Problem]:
+        """Webhooks, or plugins, that are disabled, or whose events wait for long."""
+        for row in self.read("late_events", late=LATE_EVENTS):
+            name, count = str(row["name"]), int(row["pending"])
+            text = f"{count} events wait for it"
+            if row["disabled_at"]:
+                text += f", and nothing is recorded for it: it is disabled: {row['reason']}"
+                following = f"qmqp-relay webhooks enable {shlex.quote(name)}"
+                yield Problem("webhook", name, row["disabled_at"], count, text, following)
+                continue
+            if row["error"]:
+                text += f": {row['error']}"
+            following = f"qmqp-relay webhooks test {shlex.quote(name)}"
+            if name.startswith("plugin:"):
+                following = "qmqp-relay webhooks list"
+            yield Problem("webhook", name, row["oldest_at"], count, text, following)
+
     def failures(self) -> Iterator[Problem]:
         """Routes, senders and domains whose failures leapt."""
         for row in self.read("leaps", least=LEAST_FAILURES):
@@ -169,6 +193,22 @@ def disk(directory: str, free: int, total: int) -> Iterator[Problem]:
         text = f"{free / 1e9:.1f} GB of {total / 1e9:.1f} GB are free for bodies; clients get 452"
         text += " when it is full"
         yield Problem("disk", directory, None, free, text, f"df -h {shlex.quote(directory)}")
+
+
+def certificate(file: str, days: float, warn_days: float, fault: str) -> Iterator[Problem]:
+    """A certificate with so many days left, fewer than `warn_days`; or the fault for which its file
+    cannot be used."""
+    following = "qmqp-relay check"
+    if fault:
+        text = f"{fault}; processes that run keep the pair that they have, and others do not start"
+        yield Problem("certificate", file, None, 0, text, following)
+    elif days < 0:
+        ended = datetime.now(UTC) + timedelta(days=days)
+        text = "the certificate has ended, and clients refuse TLS; renew it"
+        yield Problem("certificate", file, ended, 0, text, following)
+    elif days < warn_days:
+        text = f"the certificate ends in {days:.0f} days, and is not renewed yet"
+        yield Problem("certificate_ends", file, None, int(days), text, following)
 
 
 def _count(deliveries: int) -> str:

@@ -82,6 +82,19 @@ FROM paused
 WHERE julianday(paused_at) < julianday('now') - 1
 ORDER BY paused_at;
 
+-- name: late_events
+-- Subscriptions that are disabled, or whose oldest event has waited for :late seconds.
+SELECT s.name, s.disabled_at, s.disabled_reason AS reason, s.last_error AS error,
+       coalesce(n.pending, 0) AS pending, n.oldest_at
+FROM subscriptions s
+LEFT JOIN (
+    SELECT subscription, count(*) AS pending, min(queued_at) AS oldest_at
+    FROM notifications
+    GROUP BY subscription
+) n ON n.subscription = s.name
+WHERE s.disabled_at IS NOT NULL OR n.oldest_at < (SELECT now FROM clock) - CAST(:late * 1000000 AS INTEGER)
+ORDER BY s.name;
+
 -- name: leaps
 -- Routes, senders and domains with more failed deliveries in the last hour than twice as many as in
 -- any other hour of the last week, and at least :least. Hour 0 is the last one.

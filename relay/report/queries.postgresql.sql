@@ -66,6 +66,23 @@ SELECT server, attempts, delivered, deferred, rejected, unreachable, uncertain, 
 FROM server_health
 ORDER BY server;
 
+-- name: last_words
+-- The last reply of each server in the last hour.
+WITH l AS MATERIALIZED (
+    SELECT server, max(finished_at) AS at
+    FROM attempts
+    WHERE finished_at > now() - interval '1 hour' AND attempt_index > 0
+    GROUP BY server
+)
+SELECT DISTINCT ON (a.server) a.server, a.finished_at, a.outcome, a.reply
+FROM attempts a
+JOIN l ON l.server = a.server AND l.at = a.finished_at
+WHERE a.finished_at > now() - interval '1 hour' AND a.attempt_index > 0
+ORDER BY a.server, a.queue_id, a.delivery, a.claim, a.attempt_index;
+
+-- name: route_servers
+SELECT route, server FROM route_servers ORDER BY route, position;
+
 -- name: dsns
 -- The DSNs about a message with their delivery. They are found by their recipient, which has an
 -- index.

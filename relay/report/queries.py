@@ -210,6 +210,19 @@ class QueueReader(Reader):
             group["oldest_at"] = min(group["oldest_at"], row["oldest_at"])
         return sorted(groups.values(), key=lambda row: (-row["deliveries"], row[key]))
 
+    def totals(
+        self, filter_: Filter, *, finished: bool = False, down_to: str | None = None, most: int
+    ) -> list[Row]:
+        """How many deliveries and recipients match, by state: of the newest recipients, `most` of
+        them. `down_to`: skip messages that are older than this id."""
+        listed, parameters = self.listing(
+            "state, queue_uuid, delivery", filter_, most, finished, newest=True, down_to=down_to
+        )
+        sql = f"""SELECT state, count(*) AS recipients,
+                count(DISTINCT CAST(queue_uuid AS text) || '.' || delivery) AS deliveries
+            FROM ({listed}) AS l GROUP BY state ORDER BY state"""
+        return list(self.select(sql, parameters))
+
     def columns(self) -> tuple[str, ...]:
         """The names of the columns of `mail_queue` and `mail_history`."""
         with reading(self.engine) as connection:

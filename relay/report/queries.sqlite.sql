@@ -64,6 +64,24 @@ SELECT server, attempts, delivered, deferred, rejected, unreachable, uncertain, 
 FROM server_health
 ORDER BY server;
 
+-- name: last_words
+-- The last reply of each server in the last hour.
+SELECT server, finished_at, outcome, reply
+FROM (
+    SELECT server, finished_at, outcome, reply,
+           row_number() OVER (
+               PARTITION BY server
+               ORDER BY finished_at DESC, queue_id, delivery, claim, attempt_index) AS place
+    FROM attempts
+    WHERE finished_at > (SELECT now FROM clock) - 3600 * 1000000 AND attempt_index > 0
+      AND server IS NOT NULL
+)
+WHERE place = 1
+ORDER BY server;
+
+-- name: route_servers
+SELECT route, server FROM route_servers ORDER BY route, position;
+
 -- name: dsns
 -- The DSNs about a message with their delivery. They are found by their recipient, which has an
 -- index.

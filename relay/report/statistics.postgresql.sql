@@ -68,6 +68,16 @@ WHERE finished_at > now() - :seconds * interval '1 second' AND attempt_index > 0
 GROUP BY 1, 2
 ORDER BY 1, 2;
 
+-- name: arrivals
+-- Deliveries of accepted messages in steps of time; step 0 is the newest. `:since` is an id, which
+-- the primary key finds; it is older than these seconds, as for `received`.
+SELECT CAST(floor(extract(epoch FROM now() - m.received_at) / :step) AS bigint) AS step, count(*) AS deliveries
+FROM messages m
+JOIN deliveries d ON d.queue_id = m.id AND d.parent IS NULL
+WHERE m.id >= CAST(:since AS uuid) AND m.received_at > now() - :seconds * interval '1 second'
+GROUP BY 1
+ORDER BY 1;
+
 -- name: now
 SELECT now() AS now_at;
 
@@ -89,3 +99,12 @@ LEFT JOIN workers w ON w.id = a.worker
 WHERE a.finished_at > now() - interval '1 day'
 GROUP BY 1
 ORDER BY 2, 1;
+
+-- name: rate_limited
+-- Who was refused by a rate in the last day, the most refused first.
+SELECT subject, what, name, CAST(sum(refused) AS bigint) AS refused, max(last_at) AS last_at
+FROM rate_refusals
+WHERE hour > now() - interval '1 day'
+GROUP BY subject, what, name
+ORDER BY 4 DESC, 1, 2, 3
+LIMIT :most;

@@ -32,6 +32,18 @@ class Statistics(Reader):
         """Accepted messages, without DSNs: of the last minute and hour, bytes of the last hour."""
         return self.read("received", since=id_at(4200))[0]
 
+    def arrivals(self, seconds: int, step: int) -> list[Row]:
+        """Deliveries of accepted messages in steps of so many seconds, also of DSNs: `step` (0 is
+        the newest) and `deliveries`."""
+        since = id_at(seconds + 600)
+        return self.read("arrivals", step=step, seconds=seconds, since=since)
+
+    def rate_limited(self, most: int = 20) -> list[Row]:
+        """Who was refused by a rate in the last day: `subject` and `what` name the limit, `name` is
+        a client's network, a sender or a user ('' for several others together), `refused` the
+        number of refusals, `last_at` the time of the last one. The most refused come first."""
+        return self.read("rate_limited", most=most)
+
     def history(self, seconds: int, step: int) -> tuple[datetime, list[Row]]:
         """Attempts by outcome in steps of so many seconds: (the time now, rows).
 

@@ -63,6 +63,16 @@ WHERE finished_at > (SELECT now FROM clock) - :seconds * 1000000 AND attempt_ind
 GROUP BY 1, 2
 ORDER BY 1, 2;
 
+-- name: arrivals
+-- Deliveries of accepted messages in steps of time; step 0 is the newest. `:since` is an id, which
+-- the primary key finds; it is older than these seconds, as for `received`.
+SELECT ((SELECT now FROM clock) - m.received_at) / (:step * 1000000) AS step, count(*) AS deliveries
+FROM messages m
+JOIN deliveries d ON d.queue_id = m.id AND d.parent IS NULL
+WHERE m.id >= :since AND m.received_at > (SELECT now FROM clock) - :seconds * 1000000
+GROUP BY 1
+ORDER BY 1;
+
 -- name: now
 SELECT now AS now_at FROM clock;
 
@@ -84,3 +94,12 @@ LEFT JOIN workers w ON w.id = a.worker
 WHERE a.finished_at > (SELECT now FROM clock) - 86400 * 1000000
 GROUP BY 1
 ORDER BY 2, 1;
+
+-- name: rate_limited
+-- Who was refused by a rate in the last day, the most refused first.
+SELECT subject, what, name, sum(refused) AS refused, max(last_at) AS last_at
+FROM rate_refusals
+WHERE hour > (SELECT now FROM clock) - 86400 * 1000000
+GROUP BY subject, what, name
+ORDER BY 4 DESC, 1, 2, 3
+LIMIT :most;

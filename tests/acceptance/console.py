@@ -2,14 +2,17 @@
 
 import re
 import socket
+import ssl
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import unescape
+from http.cookiejar import CookieJar
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from relay.queue.operations import OPERATIONS, QueueOperations
 from relay.queue.outcome import Outcome
 from relay.queue.states import State
 from relay.report.filters import Filter
-from relay.settings import Settings, load
+from relay.settings import SmtpdSettings, load
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness
 from tests.waiting import until
@@ -142,11 +145,13 @@ def questions(database: str) -> list[list[str]]:
 
 @dataclass(slots=True)
 class Page:
-    """A response: its status, headers and text, and the visible text."""
+    """A response: its status, headers and text, the address that answered, and the visible
+    text."""
 
     status: int
     headers: dict[str, str]
     text: str
+    url: str
 
     @property
     def visible_text(self) -> str:
@@ -155,15 +160,44 @@ class Page:
 
 
 class Browser:
-    """A client of the pages."""
+    """A client of the pages that keeps cookies and follows redirects. Over TLS it needs a
+    context."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, context: ssl.SSLContext | None = None) -> None:
         self.root = root
+        self.cookies = CookieJar()
+        self._opener = urllib.request.build_opener(
+            urllib.request.HTTPCookieProcessor(self.cookies),
+            urllib.request.HTTPSHandler(context=context),
+        )
 
     def get(self, path: str, method: str = "GET", **headers: str) -> Page:
-        request = urllib.request.Request(self.root + path, method=method, headers=headers)
+        return self._ask(urllib.request.Request(self.root + path, method=method, headers=headers))
+
+    def post(self, path: str, headers: Any = None, **form: str) -> Page:
+        data = urllib.parse.urlencode(form).encode()
+        return self._ask(urllib.request.Request(self.root + path, data, headers or {}))
+
+    def log_in(self, name: str, password: str, path: str = "/") -> Page:
+        """Ask for a page, and send the form of the login that comes instead."""
+        form = self.get(path)
+        assert 'action="/login"' in form.text
+        return self.post("/login", name=name, password=password, next=hidden(form, "next"))
+
+    def act(self, path: str, **given: str) -> Page:
+        """Confirm the preview of an operation, with its hidden fields and what is given."""
+        preview = self.get(path)
+        assert preview.status == 200, preview.visible_text
+        action = re.search(r'action="(/act/\w+)"', preview.text)
+        assert action is not None, preview.visible_text
+        fields = re.findall(r'type="hidden" name="([^"]*)" value="([^"]*)"', preview.text)
+        data = [(name, unescape(value)) for name, value in fields if name not in given]
+        body = urllib.parse.urlencode([*data, *given.items()]).encode()
+        return self._ask(urllib.request.Request(self.root + action[1], body))
+
+    def _ask(self, request: urllib.request.Request) -> Page:
         try:
-            answer = urllib.request.urlopen(request, timeout=30)
+            answer = self._opener.open(request, timeout=30)
         except urllib.error.HTTPError as error:
             answer = error
         with answer:
@@ -171,14 +205,22 @@ class Browser:
                 answer.status,
                 {k.lower(): v for k, v in answer.headers.items()},
                 answer.read().decode(),
+                answer.url.removeprefix(self.root),
             )
+
+
+def hidden(page: Page, name: str) -> str:
+    """The value of a hidden field."""
+    found = re.search(rf'type="hidden" name="{name}" value="([^"]*)"', page.text)
+    assert found is not None, page.visible_text
+    return unescape(found[1])
 
 
 @contextmanager
 def browsing(queue: QueueHarness) -> Iterator[Browser]:
     """The pages of a database, served by a real server."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = web.server(queue.database, load(Settings))
+        server = web.server(queue.database, load(SmtpdSettings))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:

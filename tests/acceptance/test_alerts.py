@@ -70,6 +70,18 @@ CASES: list[Case] = [
     ("RelayJournalDisk", {**JOURNAL, "relay_journal_disk_bytes": "7e8x120"}, [], [62]),
     ("RelayJournalDamaged", {"relay_journal_damages_total": "0x5 1x90"}, [7], [5, 80]),
     ("RelayBodyDamaged", {"relay_bodies_damaged_total": "0x5 1x90"}, [7], [5, 80]),
+    (
+        "RelayEventsAreLate",
+        {'relay_notification_lag_seconds{subscription="a"}': "0x5 590+60x20"},
+        [13],
+        [9],
+    ),
+    (
+        "RelayWebhookIsDisabled",
+        {'relay_subscription_disabled{subscription="a"}': "0x5 1x9"},
+        [7],
+        [4],
+    ),
     ("RelayTargetsDown", {UP: "1x5 stale"}, [9], [7]),
     (
         "RelayPasswordsAreTried",

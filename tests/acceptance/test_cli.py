@@ -170,6 +170,7 @@ READING = [
     "web",
     "user list",
     "user add x",
+    "user set x --role viewer",
     "user passwd x",
     "user disable x",
     "user enable x",

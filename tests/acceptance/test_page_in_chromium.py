@@ -6,16 +6,21 @@ import select
 import shutil
 import subprocess
 from collections.abc import Iterator
+from importlib.resources import files
 from typing import Any
 
 import pytest
 
+from relay import passwords
+from relay.queue.operations import QueueOperations
 from relay.queue.outcome import Outcome
 from relay.spool.store import Spool
+from relay.users import Role, Users
 from tests.acceptance.console import HOSTILE, LONG, Browser, Scenario, browsing, scenario
 from tests.integration.harness import opened
 from tests.integration.typed import typed_at
 from tests.services import end, spawn
+from tests.waiting import until
 
 REPLY = (
     "451 4.7.1 <somebody-else@mail-cluster-west.example.net>: greylisted by policy-daemon-2, see"
@@ -25,6 +30,12 @@ PEOPLE = (
     "firstname.lastname-billing@mail-cluster-west.example.com",
     "some-body@a-sub-domain.of-a.example.org",
 )
+PASSWORD = "correct horse"
+HASH = passwords.hash_new(PASSWORD)
+AXE = files("axe_core_python").joinpath("axe.min.js").read_text()
+# The rules of axe-core that a page breaks, with the elements.
+VIOLATIONS = """axe.run(document, {resultTypes: ['violations']}).then(found => found.violations
+    .map(rule => rule.id + ': ' + rule.nodes.map(node => node.html.slice(0, 120)).join(' | ')))"""
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 # The text of elements whose contrast is less than WCAG 2.1 requires (section 1.4.3).
 FAINT = """(() => {
@@ -45,7 +56,7 @@ FAINT = """(() => {
 # Elements that do not fit: boxes that hide a part of their content, and elements beyond the right
 # edge of the screen.
 HIDDEN = """[...document.querySelectorAll('main *')]
-    .filter(e => e.clientWidth && !e.closest('input, select'))
+    .filter(e => e.clientWidth && !e.closest('input, select, .unseen'))
     .filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display != 'inline'
         || e.getBoundingClientRect().right > innerWidth + 1 || e.getBoundingClientRect().left < 0)
     .map(e => e.tagName + '.' + e.className.toString() + ': ' + e.textContent.slice(0, 40))"""
@@ -140,6 +151,20 @@ class Chromium:
             "result"
         ].get("value")
 
+    def answers(self, expression: str) -> Any:
+        """The value of a promise."""
+        result = self.call(
+            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
+        )
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def log_in(self, browser: Browser, name: str, password: str) -> None:
+        """Take over the session of a login."""
+        browser.log_in(name, password)
+        for one in browser.cookies:
+            self.call("Network.setCookie", name=one.name, value=one.value, url=browser.root)
+
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
@@ -196,7 +221,10 @@ def test_page_fits_the_screen_and_shows_its_content(
         assert chromium.tells(TORN) == [], path
         assert chromium.tells(FAINT) == [], path
         assert chromium.tells("document.querySelectorAll('th:not([scope])').length") == 0, path
-        assert chromium.tells("document.scripts.length + document.images.length") == 0, path
+        assert chromium.tells("[...document.scripts].map(e => e.getAttribute('src'))") == [
+            "/live.js"
+        ], path
+        assert chromium.tells("document.images.length") == 0, path
 
 
 def test_the_keyboard_is_enough(chromium: Chromium, seen: tuple[Scenario, Browser]) -> None:
@@ -213,7 +241,9 @@ def test_the_keyboard_is_enough(chromium: Chromium, seen: tuple[Scenario, Browse
         return str(chromium.tells("document.activeElement.innerText"))
 
     assert [pressed("Tab") for _ in range(3)] == ["Skip to the content", "Queue", "Search"]
-    assert "queued" in pressed("Tab")
+    assert [pressed("Tab") for _ in range(2)] == ["Operators", "Live: on"]
+    text = next(text for _ in range(30) if "Show" not in (text := pressed("Tab")))  # the problems
+    assert "queued" in text
     assert chromium.tells("getComputedStyle(document.activeElement).outlineStyle") == "solid", (
         "one sees where one is"
     )
@@ -230,7 +260,7 @@ def test_results_and_reasons_are_visible_without_scrolling(
     chromium: Chromium, seen: tuple[Scenario, Browser]
 ) -> None:
     _, browser = seen
-    for width, furthest in ((360, 300), (375, 300), (1280, 300)):
+    for width, furthest in ((360, 300), (375, 300), (1280, 360)):
         chromium.look(f"{browser.root}/search?reply=greylisted", width, "light")
         left, right, wide, high = (
             chromium.tells("""(({left, right, width, height}) => [left, right, width, height])
@@ -251,6 +281,172 @@ def test_results_and_reasons_are_visible_without_scrolling(
     assert chromium.tells("document.querySelector('form').checkVisibility()") is True
 
 
+@pytest.fixture
+def operated(seen: tuple[Scenario, Browser], sqlite_url: str, chromium: Chromium) -> Iterator[None]:
+    """An operator has logged in, a route is paused, and a server fails."""
+    with opened(sqlite_url, registered=False) as queue:
+        Users(queue.database).add("ann", HASH, role=Role.OPERATOR, actor="me@here")
+        operations = QueueOperations(queue.database, sends_dsns=True)
+        operations.pause("route:default", actor="ann@mx-1", reason="ticket 812")
+    chromium.log_in(seen[1], "ann", PASSWORD)
+    yield
+    chromium.call("Network.clearBrowserCookies")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.usefixtures("operated")
+def test_axe_finds_nothing(
+    chromium: Chromium, seen: tuple[Scenario, Browser], width: int, scheme: str
+) -> None:
+    created, browser = seen
+    message = f"/message/{created.ids['deferred'][-1]}"
+    for path in (
+        "/",
+        "/?span=7d",
+        "/search",
+        "/search?state=deferred&newer_than=1d",
+        "/search?unfinished=1&count_by=reason",
+        message,
+        f"{message}/header",
+        "/operators",
+        "/act/bounce?state=deferred",
+        "/act/hold",
+        "/act/pause?route=default",
+        "/login",
+        "/nothing",
+    ):
+        chromium.look(browser.root + path, width, scheme)
+        assert chromium.tells("document.documentElement.scrollWidth") <= width, path
+        assert chromium.tells(HIDDEN) == [], path
+        chromium.tells(AXE)
+        assert chromium.answers(VIOLATIONS) == [], path
+
+
+@pytest.mark.parametrize(("broken", "verdict"), [(True, "critical"), (False, "fine")])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_verdict_is_seen_first(
+    chromium: Chromium,
+    sqlite_url: str,
+    spool: Spool,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: bool,
+    verdict: str,
+    scheme: str,
+) -> None:
+    """It is the largest text, and in colour; red is told from green without colour by its words."""
+    with opened(sqlite_url) as queue:
+        typed_at(queue, spool, monkeypatch)
+        if broken:
+            queue.rescuer.publish_open_circuits(queue.worker, {"a:628": "connect: refused"})
+        with browsing(queue) as browser:
+            chromium.look(f"{browser.root}/", 390, scheme)
+            box = chromium.tells(
+                "(({top, width, height}) => [top, width, height])"
+                "(document.querySelector('.verdict').getBoundingClientRect())"
+            )
+            assert box[0] < 120
+            assert box[1] > 340
+            assert chromium.tells("document.querySelector('.verdict').className").split()[-1] == (
+                verdict
+            )
+            words = chromium.tells("document.querySelector('h1').innerText")
+            assert words == ("1 problem" if broken else "Nothing is wrong")
+            sizes = chromium.tells(
+                "[...document.querySelectorAll('main *')]"
+                ".map(e => parseFloat(getComputedStyle(e).fontSize))"
+            )
+            assert max(sizes) == chromium.tells(
+                "parseFloat(getComputedStyle(document.querySelector('h1')).fontSize)"
+            )
+            red, green, _ = map(
+                int,
+                chromium.tells(
+                    "getComputedStyle(document.querySelector('h1')).color.match(/\\d+/g)"
+                ),
+            )
+            assert (red > green) is broken
+            assert chromium.tells("document.title").startswith("(1) " if broken else "Queue")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The overview is read often, and streams look often."""
+    monkeypatch.setattr("commands.web.overview.KEPT", 0.2)
+    monkeypatch.setattr("commands.web.overview.SLOWNESS", 0)
+    monkeypatch.setattr("commands.web.live.INTERVAL", 0.05)
+
+
+def queued(chromium: Chromium) -> int:
+    return int(chromium.tells("document.querySelector('.tile:has(.queued) b').innerText"))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_page_is_live_until_it_is_switched_off(
+    chromium: Chromium, sqlite_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(sqlite_url) as queue:
+        typed_at(queue, spool, monkeypatch)
+        queue.accept()
+        with browsing(queue) as browser:
+            chromium.look(f"{browser.root}/", 1280, "light")
+            loads, switch = chromium.loads, "document.getElementById('live')"
+            assert queued(chromium) == 1
+            until(lambda: chromium.tells(f"{switch}.innerText") == "Live: on", what="it is live")
+            assert chromium.tells(f"{switch}.getAttribute('aria-checked')") == "true"
+            link = "document.querySelector('.spans a')"
+            chromium.tells(f"{link}.focus(); document.querySelector('summary')?.click()")
+            queue.accept()
+            until(lambda: queued(chromium) == 2, what="the page shows it")
+            assert chromium.tells(f"document.activeElement === {link}"), "the focus stays"
+            assert chromium.loads == loads, "the page was not loaded again"
+            chromium.tells(f"{switch}.click()")
+            assert chromium.tells(f"{switch}.innerText") == "Live: off"
+            assert chromium.tells(f"{switch}.getAttribute('aria-checked')") == "false"
+            queue.accept()
+            until(lambda: "<b>3</b>" in browser.get("/").text, what="a new page shows it")
+            assert queued(chromium) == 2
+            chromium.look(f"{browser.root}/", 1280, "light")
+            assert queued(chromium) == 3, "a reload shows it"
+            assert chromium.tells(f"{switch}.innerText") == "Live: off", "it is remembered"
+            chromium.tells(f"{switch}.click()")
+            until(lambda: chromium.tells(f"{switch}.innerText") == "Live: on", what="it is live")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_form_is_not_replaced_while_it_is_filled_in(
+    chromium: Chromium, sqlite_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(sqlite_url) as queue:
+        typed_at(queue, spool, monkeypatch)
+        first = queue.accept()
+        with browsing(queue) as browser:
+            chromium.look(f"{browser.root}/search", 1280, "light")
+            field = "document.getElementById('sender')"
+            chromium.tells(f"{field}.focus(); {field}.value = 'half an addr'")
+            second = queue.accept()
+            events = "new Promise(done => { let n = 0; const s = new EventSource('/events');"
+            events += " s.onmessage = () => { if (++n == 4) { s.close(); done(n) } } })"
+            assert chromium.answers(events) == 4
+            assert chromium.tells(f"{field}.value") == "half an addr"
+            assert second[-12:] not in chromium.tells("document.body.innerText")
+            chromium.tells(f"{field}.value = ''; {field}.blur()")
+            shown = "document.getElementById('main').innerText"
+            until(lambda: second[-12:] in chromium.tells(shown), what="it is shown afterwards")
+            assert first[-12:] in chromium.tells(shown)
+
+
+def test_the_page_works_without_scripts(chromium: Chromium, seen: tuple[Scenario, Browser]) -> None:
+    _, browser = seen
+    chromium.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        chromium.look(f"{browser.root}/", 1280, "light")
+        assert chromium.tells("document.getElementById('live').checkVisibility()") is False
+        assert "reload" in chromium.tells("document.getElementById('main').innerText")
+    finally:
+        chromium.call("Emulation.setScriptExecutionDisabled", value=False)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 def test_graphs_can_be_read(
@@ -262,12 +458,15 @@ def test_graphs_can_be_read(
         .map(e => [e.getBoundingClientRect(), e])
         .map(([box, e]) => [box.left, box.right, box.height,
             parseFloat(getComputedStyle(e).fontSize) * e.ownerSVGElement.getScreenCTM().a])""")
-    assert len(texts) >= 7 + 2 * 4, "both axes of both graphs"
+    assert len(texts) >= 3 + 3 + 4 + 3 * 4, "both axes of each graph"
     for left, right, _, pixels in texts:
         assert 0 <= left < right <= width
         assert pixels >= 11
-    for kind in ("delivered", "deferred", "failed", "uncertain"):
-        assert f" {kind}" in chromium.tells("document.querySelector('figcaption').innerText")
+    captions = chromium.tells(
+        "[...document.querySelectorAll('figcaption')].map(e => e.innerText).join(' ')"
+    )
+    for kind in ("in", "delivered", "deferred", "failed", "uncertain"):
+        assert f" {kind}" in captions
     fills = chromium.tells(
         "[...document.querySelectorAll('.plot rect')].map(e => getComputedStyle(e).fill)"
     )

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import pytest
 
+from commands.web.search import link_of
 from relay.db.engine import reading
 from relay.ids import dashed, new_id
 from relay.queue.operations import OPERATIONS, QueueOperations
@@ -20,15 +22,17 @@ from relay.queue.outcome import Outcome
 from relay.report.filters import Filter
 from relay.spool.store import Spool
 from relay.version import running_version
+from tests.acceptance.console import Browser, browsing
 from tests.integration.harness import QueueHarness, opened
 from tests.integration.typed import Typed, lines, typed_at
 
 PAGE = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text()
 SECTION = PAGE.split("\n## Questions\n")[1].split("\n## ")[0]
 QUESTIONS = {
-    int(number): (command, sql)
-    for number, command, sql in re.findall(
-        r"(?m)^(\d+)\\\. .*\n\n```sh\n(.*)\n```\n\n```sql\n((?:.*\n)+?)```", SECTION
+    int(number): (command, sql, link)
+    for number, command, sql, link in re.findall(
+        r"(?m)^(\d+)\\\. .*\n\n```sh\n(.*)\n```\n\n```sql\n((?:.*\n)+?)```\n\nPage: `(/.*)`$",
+        SECTION,
     )
 }
 YESTERDAY = datetime.now(UTC) - timedelta(days=1)
@@ -40,6 +44,7 @@ class Night:
 
     queue: QueueHarness
     typed: Typed
+    browser: Browser
     ids: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -73,6 +78,22 @@ class Night:
         examples = "|".join(map(re.escape, ours))
         return re.sub(examples, lambda match: ours[match[0]], text)
 
+    def page(self, number: int) -> str:
+        """What the page of a question shows; of a link with a mark, the part that has it."""
+        path, _, mark = self.ours(QUESTIONS[number][2]).partition("#")
+        page = self.browser.get(path)
+        assert page.status == 200
+        if not mark:
+            return page.text
+        part = re.search(rf'(?s)id="{mark}".*?(?=<h2|$)', page.text)
+        assert part is not None, mark
+        return part[0]
+
+    def shown(self, number: int) -> set[str]:
+        """The names of the messages that the page of a question lists."""
+        ids = re.findall(r'<th scope="row"><a href="/message/([0-9a-f]{32})"', self.page(number))
+        return {self.names[queue_id] for queue_id in ids}
+
     def found(self, rows: list[dict[str, Any]]) -> list[str]:
         """The names of the messages in these rows."""
         return [self.names[row["queue_id"]] for row in rows]
@@ -95,7 +116,7 @@ def night(
             url = databases.url(name)
         queue, spool = stack.enter_context(opened(url)), Spool(directory / "spool")
         typed = typed_at(queue, spool, stack.enter_context(pytest.MonkeyPatch.context()))
-        night = Night(queue, typed)
+        night = Night(queue, typed, stack.enter_context(browsing(queue)))
         fill(night)
         yield night
 
@@ -155,6 +176,8 @@ def test_every_question_is_found_in_the_page() -> None:
 def test_mail_is_found(night: Night, number: int, names: list[str]) -> None:
     assert set(night.found(night.command(number))) == set(names)
     assert set(night.found(night.sql(number))) == set(names)
+    if number != 22:  # it is CSV
+        assert night.shown(number) == set(names)
 
 
 def test_one_message_is_explained(night: Night) -> None:
@@ -175,6 +198,10 @@ def test_one_message_is_explained(night: Night) -> None:
     (whole,), (attempt,) = night.command(4), night.sql(4)
     assert [tried["reply"] for tried in whole["attempts"]] == [attempt["reply"]] == ["its words"]
     assert attempt["seconds"] == pytest.approx(0.4, abs=0.01)
+    words = "deferred it: 451 4.7.1 greylisted"
+    assert words in night.page(2)
+    assert re.search(r'data-label="Due">in \d+s<', night.page(3))
+    assert "its words" in night.page(4)
 
 
 def test_worker_of_a_transfer_is_named(night: Night) -> None:
@@ -182,6 +209,8 @@ def test_worker_of_a_transfer_is_named(night: Night) -> None:
     assert night.names[listed["queue_id"]] == night.names[row["queue_id"]] == "sending"
     assert listed["worker"].replace("-", "") == night.queue.worker
     assert (row["host"], row["pid"], row["servers"]) == ("host", 1, "a:628, b:628")
+    assert night.shown(5) == {"sending"}
+    assert f"worker <code>{night.queue.worker[-12:]}</code>" in night.page(5)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +235,9 @@ def test_waiting_mail_is_counted(
     }
     assert {row[key]: row["deliveries"] for row in night.command(number)} == counts
     assert by_sql == counts
+    for value, count in counts.items():
+        row = rf">{re.escape(value)}</a></th><td [^>]*>{count}</td>"
+        assert re.search(row, re.sub(r"<wbr>|</?span[^>]*>", "", night.page(number))), value
 
 
 def kind(rows: list[dict[str, Any]], wanted: str) -> list[dict[str, Any]]:
@@ -220,6 +252,12 @@ def test_flow_disk_and_versions_are_in_stats(night: Night) -> None:
         assert row["waiting"] == drain["waiting"] == 5
         assert row["drain_seconds"] is drain["drain_seconds"] is None, "more came than went"
     assert QUESTIONS[19][0] == QUESTIONS[18][0] == QUESTIONS[23][0] == QUESTIONS[10][0]
+    for number in (10, 19):
+        shown = re.sub(r"<[^>]*>", " ", night.page(number))
+        assert re.search(rf"hour +{flow[-1]['received']} +3 +5 +never at this rate", shown)
+    assert "Unfinished mail takes 600." in night.page(18)
+    assert "are free for bodies" in night.page(18)
+    assert re.search(rf">{re.escape(running_version())}</th>.*>2</td>", night.page(23))
     (disk,), (row,) = kind(night.command(18), "disk"), night.sql(18)
     assert disk["free_bytes"] > 0
     assert row["bytes"] == 600
@@ -244,6 +282,10 @@ def test_failing_server_and_stuck_mail_are_problems(night: Night) -> None:
     assert problem["count"] == row["waiting"] == 3
     assert str(problem["since"])[:19].replace("T", " ") == str(row["failed_at"])[:19]
     assert row["circuit_open_reason"] in problem["text"]
+    servers = re.sub(r"<[^>]*>", "", night.page(11))
+    assert re.search(r"c:628failing for \d+s: circuit open: connect: refused3", servers)
+    assert "c:628" in night.page(24).replace("<wbr>", "").replace('<span class="joined">', "")
+    assert "problems</h1>" in night.page(24)
     assert [(row["state"], row["route"], int(row["overdue"])) for row in night.sql(24)] == [
         ("queued", "bulk", 3)
     ]
@@ -258,6 +300,11 @@ def test_pauses_and_operations_name_their_operators(night: Night) -> None:
     assert by_sql == [("bob@host", "drop", 1), ("ann@host", "pause route:idle", 1)]
     shown = [(row["actor"], row["operation"], row["changed"]) for row in night.command(16)]
     assert shown == by_sql
+    paused, did = (re.sub(r"<[^>]*>", "", night.page(number)) for number in (15, 16))
+    for text in ("route:idle", "by ann@host: ticket 812"):
+        assert text in paused
+    for text in ("bob@host", "drop", "ann@host", "ticket 812"):
+        assert text in did
 
 
 def test_mail_of_a_day_is_csv(night: Night) -> None:
@@ -265,3 +312,16 @@ def test_mail_of_a_day_is_csv(night: Night) -> None:
     header, row = night.typed(*shlex.split(command)[1:]).stdout.splitlines()
     assert header.split(",")[:3] == ["queue_id", "queue_uuid", "position"]
     assert row.split(",")[0] == night.ids["csv"]
+    assert night.page(22) == f"{header}\n{row}\n"
+
+
+@pytest.mark.parametrize(
+    "number", [number for number in QUESTIONS if QUESTIONS[number][0].startswith("qmqp-relay list")]
+)
+def test_link_of_a_list_is_that_of_its_command(number: int) -> None:
+    command, _, link = QUESTIONS[number]
+    if number in (3, 22):
+        return  # one message has a page, and CSV an address of its own
+    assert dict(parse_qsl(link.partition("?")[2])).items() <= dict(
+        parse_qsl(link_of(command).partition("?")[2])
+    ).items() | {("unfinished", "1"), ("header_message_id", "4711@app.example.com")}

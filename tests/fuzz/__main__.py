@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-TARGETS = ("qmqp_reader", "qmqp_session", "smtp_session", "content", "addresses")
+TARGETS = ("qmqp_reader", "qmqp_session", "smtp_session", "content", "addresses", "proxy_header")
 FOUND = Path(".fuzz")
 CORPUS = Path(__file__).parent / "corpus"
 LONGEST = 4096  # bytes of an input

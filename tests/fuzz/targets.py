@@ -7,7 +7,9 @@ that, so most targets read an input twice and compare.
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from functools import cache
+from ipaddress import ip_address
 from pathlib import Path
 
 from qmqp.netstring import NetstringError, encode
@@ -17,10 +19,14 @@ from qmqp.request import Request, is_sendable
 from qmqpd.addresses import parse_recipient as parse_qmqp_recipient
 from qmqpd.addresses import parse_sender as parse_qmqp_sender
 from qmqpd.session import QmqpSession, RequestState
+from reception.authentication import INVALID
 from reception.envelope import Envelope, Recipient, Refused
-from reception.events import DataComplete, DataReceived, MailStarted
+from reception.events import CredentialsReceived, DataComplete, DataReceived, MailStarted
+from reception.login import Login
 from reception.policy import ClientPolicy, Policy
+from reception.proxy_header import BLOCK_LIMIT, BadHeader, HeaderReader
 from relay.settings import SmtpdSettings, load
+from relay.users import Role, User
 from smtpd.addresses import parse_recipient, parse_sender
 from smtpd.content import Content, Fault
 from smtpd.session import Greeting, SessionState, SmtpSession
@@ -29,7 +35,9 @@ from tests.content_model import model
 HOST = "relay.example"
 MAX_SIZE = 2000
 MAX_RECIPIENTS = 100
+PASSWORD = "right"  # of every user
 _SMTP_REPLY = re.compile(rb"[2-5][0-9]{2}[ -][ -~]*\r\n")
+_NOW = datetime.now(UTC)
 _REFUSAL = re.compile(r"[45][0-9]{2} [45]\.[0-9]{1,3}\.[0-9]{1,3} [ -~]+")
 
 
@@ -47,6 +55,7 @@ def client(*, trusted: bool) -> ClientPolicy:
         spool_dir=Path(tempfile.gettempdir()),
         hostname=HOST,
         client_networks=("127.0.0.1",),
+        auth_plaintext_networks=("192.0.2.1",),
         recipient_domains=("example.org",),
         bare_cr="strip",
     )
@@ -134,8 +143,9 @@ def _check_envelope(envelope: Envelope) -> None:
 
 
 def smtp_session(data: bytes) -> None:
-    """Replies are lines of SMTP; an accepted message has an envelope and no CR; and messages do not
-    depend on how the bytes are cut, if the client waits where it must."""
+    """Replies are lines of SMTP; an accepted message has an envelope and no CR; no command runs
+    before a verdict; and messages do not depend on how the bytes are cut, if the client waits where
+    it must."""
     for trusted in (True, False):
         whole, cut = packets(data)
         messages, replies = _dialogue([whole], trusted=trusted)
@@ -153,8 +163,9 @@ def _dialogue(pieces: list[bytes], *, trusted: bool) -> tuple[list[tuple[object,
     for piece in pieces:
         events = session.receive(piece)
         while events or session.pause is not None:
-            complete = False
+            complete, credentials = False, None
             for event in events:
+                assert credentials is None
                 match event:
                     case MailStarted():
                         text, envelope = b"", event.envelope
@@ -162,7 +173,17 @@ def _dialogue(pieces: list[bytes], *, trusted: bool) -> tuple[list[tuple[object,
                         text += more
                     case DataComplete():
                         complete = True
-            if complete:
+                    case CredentialsReceived():
+                        credentials = event.credentials
+            if credentials is not None:
+                assert session.state is SessionState.VERIFYING
+                assert session.client.login is None
+                if credentials.password == PASSWORD:
+                    user = User(credentials.name, Role.SENDER, ("*",), None, _NOW, None, None)
+                    events = session.authenticated(Login(user))
+                else:
+                    events = session.authentication_failed(INVALID)
+            elif complete:
                 assert session.state is SessionState.AWAIT_REPLY
                 assert envelope is not None
                 assert b"\r" not in text
@@ -249,7 +270,40 @@ def _check_address(address: str) -> None:
         assert is_sendable(address.encode())
 
 
+def proxy_header(data: bytes) -> None:
+    """A header reads the same however it is cut, names an address or none, and is bounded."""
+    whole, cut = packets(data)
+    assert _header([whole]) == _header(cut)
+
+
+def _header(pieces: list[bytes]) -> tuple[str | None, int] | None:
+    """The client of a header and the length of the header, or None for what is none (yet)."""
+    reader, read = HeaderReader(), 0
+    for piece in pieces:
+        while piece:
+            part, piece = piece[: reader.wanted], piece[reader.wanted :]
+            read += len(part)
+            assert part
+            assert read <= 16 + BLOCK_LIMIT
+            try:
+                header = reader.feed(part)
+            except BadHeader:
+                return None
+            if header is not None:
+                if header.source is not None:
+                    ip_address(header.source)
+                return header.source, read
+    return None
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     function.__name__: function
-    for function in (qmqp_reader, qmqp_session, smtp_session, content, addresses)
+    for function in (
+        qmqp_reader,
+        qmqp_session,
+        smtp_session,
+        content,
+        addresses,
+        proxy_header,
+    )
 }

@@ -13,9 +13,12 @@ import pytest
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
+import worker.engine
 from qmqp.body import BodyFile
 from qmqp.reply import ReplyParser
 from qmqp.sink import Answer, Rule, Sink, running_sink
+from relay.queue.claim import WorkerQueue
+from relay.queue.model import Command, CommandResult
 from relay.routes import NO_SERVER
 from relay.spool.store import Spool
 from tests.integration.harness import BODY, EngineHarness
@@ -75,6 +78,28 @@ def test_a_hint_is_enough_to_deliver(harness_with: Open, sink: Sink) -> None:
     assert (got.size, got.sha256) == (len(BODY), hashlib.sha256(BODY).hexdigest())
     assert mail.attempts(queue_id) == [(f"127.0.0.1:{sink.port}", "delivered")]
     assert not mail.spool.path(queue_id).exists()
+
+
+def test_slots_gather_before_the_next_claim(
+    harness_with: Open, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker.engine, "GATHER", 1e6)
+    claimed = list[int]()
+    commit = WorkerQueue.commit
+
+    def counting(queue: WorkerQueue, items: Sequence[Command]) -> list[CommandResult]:
+        results = commit(queue, items)
+        claimed.extend(len(result) for result in results if isinstance(result, list) and result)
+        return results
+
+    monkeypatch.setattr(WorkerQueue, "commit", counting)
+    mail = harness_with(sink, grace=60.0, server_connections=10)
+    ids = [mail.accept() for _ in range(60)]
+    with mail.working() as engine:
+        engine.offer(ids)
+        until(lambda: mail.states() == {"delivered"}, what="no slot waits when none is in use")
+    assert sum(claimed) == 60
+    assert len(claimed) <= 8, "ten at once, and not one for each slot that becomes free"
 
 
 def test_outcomes_are_logged_with_recipients_route_and_attempt(harness_with: Open) -> None:

@@ -44,7 +44,7 @@ def test_states_and_outcomes():
     assert set(first_column("Outcomes")) == set(Outcome)
 
 
-def test_each_question_has_a_command_and_a_statement():
+def test_each_question_has_a_command_a_statement_and_a_link():
     questions = re.findall(
         r"(?m)^(\d+)\\\. [^\n]+\n\n```sh\nqmqp-relay .*\n```\n\n```sql$", section("Questions")
     )

@@ -63,6 +63,7 @@ def smtpd(
             "DATABASE_URL": clean_sqlite_url,
             "UNSAFE_DURABILITY": "1",
             "SMTP_LISTEN": listen,
+            "AUTH_PLAINTEXT_NETWORKS": "127.0.0.1",
             "LOG_FORMAT": "json",
         }
         with log.open("wb") as output:

@@ -9,10 +9,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from commands.web import app as web
+from commands.web import connection
 from relay.db import engine as database
-from relay.settings import Settings, load
+from relay.settings import SmtpdSettings, load
 from relay.tls import CertificatePair
 from tests.certificates import Authority
 from tests.waiting import until
@@ -23,10 +25,10 @@ TIMEOUT = 1.0
 @pytest.fixture
 def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Of a page that is served, on a database without tables."""
-    monkeypatch.setattr(web, "UNFINISHED_TIMEOUT", TIMEOUT)
+    monkeypatch.setattr(connection, "UNFINISHED_TIMEOUT", TIMEOUT)
     engine = database.connect(f"sqlite:///{tmp_path}/empty.db")
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = web.server(engine, load(Settings))
+        server = web.server(engine, load(SmtpdSettings))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         until(lambda: server.started)
@@ -40,7 +42,7 @@ def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 def test_the_page_is_served_over_tls_with_the_renewed_certificate(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     certificate, key = authority.sign("127.0.0.1").write(tmp_path / "tls")
-    settings = load(Settings, tls_certificate=certificate, tls_key=key)
+    settings = load(SmtpdSettings, tls_certificate=certificate, tls_key=key)
     pair = CertificatePair(settings)
     engine = database.connect(f"sqlite:///{tmp_path}/empty.db")
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -123,3 +125,60 @@ def test_a_visitor_that_comes_again_in_time_keeps_the_connection(port: int) -> N
                 data = client.recv(65536)
                 assert data
                 server_reply += data
+
+
+def ask_for_events(port: int) -> socket.socket:
+    """A connection that gets the stream of a live page; its first octets are read."""
+    client = socket.create_connection(("127.0.0.1", port), timeout=10)
+    client.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    return client
+
+
+def test_streams_end_when_the_server_stops(sqlite_url: str) -> None:
+    engine = database.connect(sqlite_url)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
+        server = web.server(engine, load(SmtpdSettings))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        until(lambda: server.started)
+        client = stack.enter_context(ask_for_events(listener.getsockname()[1]))
+        reply = b""
+        while b"data: 1" not in reply:
+            reply += client.recv(65536)
+        assert b"content-type: text/event-stream" in reply.lower()
+        with capture_logs() as logged:
+            server.should_exit = True
+            thread.join(2.5)  # less than the time that requests get
+        assert not thread.is_alive()
+        assert logged == []
+        while data := client.recv(65536):
+            reply += data
+        assert reply.endswith(b"0\r\n\r\n"), "the answer is whole"
+    engine.dispose()
+
+
+def test_streams_leave_connections_for_pages(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("commands.web.live.MAX_STREAMS", 2)
+    engine = database.connect(sqlite_url)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
+        server = web.server(engine, load(SmtpdSettings))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        until(lambda: server.started)
+        port = listener.getsockname()[1]
+        first, second = (stack.enter_context(ask_for_events(port)) for _ in range(2))
+        assert {first.recv(12), second.recv(12)} == {b"HTTP/1.1 200"}
+        third = stack.enter_context(ask_for_events(port))
+        assert third.recv(12) == b"HTTP/1.1 503"
+        first.close()
+
+        def status() -> bytes:
+            with ask_for_events(port) as another:
+                return another.recv(12)
+
+        until(lambda: status() == b"HTTP/1.1 200", what="a stream has ended")
+        server.should_exit = True
+        thread.join(10)
+    engine.dispose()

@@ -1,6 +1,8 @@
 """`qmqp-relay problems`: each problem is found when it is there, and a healthy queue has none."""
 
 import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from relay.queue.outcome import Outcome
 from relay.report.filters import Filter
 from relay.report.problems import KINDS, LEAST_FAILURES, disk, journal
 from relay.spool.store import Spool
+from tests.certificates import Authority
 from tests.integration.harness import QueueHarness, new_message
 from tests.integration.typed import Typed, lines, typed_at
 from tests.services import free_port
@@ -202,6 +205,36 @@ def test_full_disk_is_a_problem(
     assert list(disk("/x", 60_000_000_000, 1_000_000_000_000)) == []
     assert len(list(disk("/x", 40_000_000_000, 1_000_000_000_000))) == 1
     assert len(list(disk("/x", 900_000_000, 2_000_000_000))) == 1
+
+
+def test_certificate_that_ends_or_cannot_be_used_is_a_problem(
+    typed: Typed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    certificate, key = authority.sign("relay.example", days=15).write(tmp_path / "tls")
+    monkeypatch.setenv("RELAY_TLS_CERTIFICATE", str(certificate))
+    monkeypatch.setenv("RELAY_TLS_KEY", str(key))
+    assert found(typed) == []
+    authority.sign("relay.example", days=13.5).write(tmp_path / "tls")
+    assert brief(typed) == [("certificate_ends", str(certificate), 13)]
+    assert typed("problems", "--nagios", status=1).stdout.startswith(
+        f"QMQP-RELAY WARNING - certificate_ends {certificate} the certificate ends in 1"
+    )
+    authority.sign("relay.example", days=-1).write(tmp_path / "tls")
+    (row,) = found(typed)
+    assert (row["kind"], row["count"]) == ("certificate", 0)
+    ended = datetime.now(UTC) - datetime.fromisoformat(row["since"])
+    assert timedelta(days=1) <= ended < timedelta(days=1, minutes=5)
+    old_key = key.read_bytes()
+    authority.sign("relay.example").write(tmp_path / "tls")
+    key.write_bytes(old_key)
+    (row,) = found(typed)
+    assert (row["kind"], row["since"]) == ("certificate", None)
+    assert "the key does not belong to the certificate; processes that run keep" in row["text"]
+    assert typed("problems", "--nagios", status=2).stdout.startswith("QMQP-RELAY CRITICAL - ")
+    certificate.unlink()
+    (row,) = found(typed)
+    assert "No such file" in row["text"]
 
 
 def test_most_urgent_problem_comes_first(queue: QueueHarness, typed: Typed) -> None:

@@ -186,6 +186,8 @@ def test_the_header_comes_before_tls(
         ({"smtp_listen": ":25/proxy"}, ":25/proxy closes every connection: name the proxies in"),
         ({"proxy_networks": "connected"}, "'connected' names no proxy: write its address"),
         ({"proxy_networks": "10.0.0.1/8"}, "is an address within a network"),
+        ({"proxy_networks": "10.0.0.9 0.0.0.0/0"}, "every peer could claim any address"),
+        ({"proxy_networks": "::/0"}, "every peer could claim any address"),
     ],
 )
 def test_settings_of_proxies_are_complete(values: dict[str, str], named: str) -> None:

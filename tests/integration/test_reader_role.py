@@ -14,9 +14,12 @@ from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from commands.cli.main import main
+from commands.web.overview import Overview
 from migrations.tables import metadata
 from migrations.views import VIEWS
-from relay.db.engine import alembic_config, migrate
+from relay.db.engine import alembic_config, connect, migrate
+from relay.settings import SmtpdSettings, load
+from relay.users import PAGE_ROLES, Users
 from tests.conftest import Databases
 from tests.integration.test_inspect_page import PAGE
 
@@ -95,6 +98,12 @@ def test_migration_makes_a_role_that_only_reads(
     }.items():
         assert CliRunner().invoke(main, arguments).exit_code == status, arguments
     assert CliRunner().invoke(main, ["pause", "--route", "default"]).exit_code != 0
+    reader = connect(cluster.login("bob"))
+    assert Overview(reader, load(SmtpdSettings)).values("6h")["problems"]
+    assert not Users(reader).exist(PAGE_ROLES)
+    cluster.do("INSERT INTO users VALUES ('ann', '$', 'viewer', '[]', NULL, now())")
+    assert Users(reader).exist(PAGE_ROLES), "from now on the page asks for a login"
+    reader.dispose()
 
 
 def test_migration_without_privileges_works_without_the_role(cluster: Cluster) -> None:

@@ -481,7 +481,7 @@ def test_C23_a_database_that_hangs_costs_no_250(run: Callable[..., SmtpHarness])
 
 
 def test_above_the_limit_of_the_journal_451(run: Callable[..., SmtpHarness]) -> None:
-    running = run(journal_limit=2500)
+    running = run(journal_limit=1800)
     running.database.gate.clear()
     with talking(running) as client:
         client.begin()

@@ -213,6 +213,42 @@ def test_the_reply_follows_the_sync_and_not_the_database(harness: SpoolerHarness
     assert harness.replies[-1].lag == Lag()
 
 
+def test_rows_gather_after_a_batch_of_several(
+    queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception.committer, "GATHER", 1e6)
+    monkeypatch.setattr(reception.committer, "GATHER_MESSAGES", 5)
+    with spooler(queue, bound) as harness:
+        harness.acceptor.gate.clear()
+        first = [harness.request() for _ in range(3)]
+        assert [harness.result(request) for request in first] == [None] * 3
+        harness.acceptor.gate.set()
+        harness.wait_for_rows(*first)
+        later = [harness.request() for _ in range(5)]
+        harness.wait_for_rows(*later)
+        counts = [reply.messages for reply in harness.replies if reply.messages]
+        assert sum(counts) == 8
+        assert counts[-1] == 5, "a batch of several waits for five"
+        more = [harness.request() for _ in range(2)]
+        assert [harness.result(request) for request in more] == [None] * 2
+        harness.finish()
+        assert {request.queue_id for request in more} <= {*harness.committed()}, "at the end too"
+
+
+def test_a_reply_that_waits_for_rows_ends_the_gathering(
+    queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception.committer, "GATHER", 1e6)
+    with spooler(queue, bound, reply_lag=1) as harness:
+        harness.acceptor.gate.clear()
+        first = [harness.request() for _ in range(4)]
+        harness.acceptor.gate.set()
+        harness.wait_for_rows(*first)
+        gathers = harness.request()
+        assert harness.result(gathers) is None
+        harness.wait_for_rows(gathers, harness.request())
+
+
 def test_a_reply_waits_for_its_rows_once_and_then_follows_the_sync(
     queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,12 +3,19 @@
 import asyncio
 import socket
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
 
-from reception.spooler_client import HANG_TIMEOUT, Launch, SpoolerClient, SpoolerError
+from reception.spooler_client import (
+    HANG_TIMEOUT,
+    WRITE_TOGETHER,
+    Launch,
+    SpoolerClient,
+    SpoolerError,
+)
 from reception.spooler_protocol import (
     FrameDecoder,
     Lag,
@@ -94,6 +101,29 @@ def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reception.spooler_client.RESTART_DELAY", 0.05)
 
 
+def test_requests_of_one_turn_of_the_loop_are_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        client = ClientHarness(working)
+        await client.spooler.start()
+        transport = client.spooler.transport
+        assert transport is not None
+        writes = list[bytes]()
+
+        def write(data: bytes) -> None:
+            writes.append(data)
+            transport.write(data)
+
+        counting = SimpleNamespace(write=write, write_eof=transport.write_eof)
+        monkeypatch.setattr(client.spooler, "transport", counting)
+        for _ in range(WRITE_TOGETHER):
+            client.store()
+        assert await client.wait_for(WRITE_TOGETHER) == [None] * WRITE_TOGETHER
+        assert len(writes) == 1
+        await client.spooler.close(10)
+
+    asyncio.run(run())
+
+
 def test_start_raises_if_the_first_spooler_cannot_start() -> None:
     async def run() -> None:
         with pytest.raises(SpoolerError, match="no process to spare"):
@@ -173,6 +203,7 @@ def test_a_reply_of_a_spooler_that_reads_nothing_sends_it_nothing_more() -> None
         transport = client.spooler.transport
         assert transport is not None
         sent.extend(client.store(bytes(1 << 20)) for _ in range(8))
+        await asyncio.sleep(0)  # a turn of the loop, which sends them
         held = transport.get_write_buffer_size()
         waiting = [client.store(bytes(1 << 20)) for _ in range(3)]
         go.set()

@@ -36,7 +36,7 @@ AFTER = {
 }
 DUE = (State.QUEUED, State.SENDING, State.DEFERRED, State.BOUNCED, State.EXPIRED)
 # The name whose statements run before.
-BEFORE = {"create_views": "drop_views"}
+BEFORE = {"create_views": "drop_views", "create_triggers": "drop_triggers"}
 # Statements that one database alone needs, as (module, name).
 ONE_DATABASE = {("worker.cleaner", "lock")}
 
@@ -90,7 +90,9 @@ EXAMPLES: dict[str, Any] = {
     "delay": 10.0,
     "digits": SENDING[-12:],
     "deliveries": rows(number=9, route="default"),
+    "error": "connection refused",
     "far": 1000.0,
+    "finished": rows(sequence=1, claim=WORKER, report="done", delay=5.0),
     "files": json.dumps(IDS),
     "filter": "--state held",
     "free": 100,
@@ -146,9 +148,13 @@ EXAMPLES: dict[str, Any] = {
     "reason": "because",
     "recipients": rows(position=9, address="c@example.org", delivery=1),
     "reply": "Dno such user",
+    "refusals": json.dumps(
+        [{"subject": "client", "what": "messages", "name": "192.0.2.1", "refused": 2}]
+    ),
     "retention": 0.0,
     "retries": 50,
     "role": "sender",
+    "roles": json.dumps(["sender", "viewer"]),
     "root": 1,
     "route": "default",
     "routes": json.dumps(["default", "other"]),
@@ -186,15 +192,23 @@ EXAMPLES: dict[str, Any] = {
     "very_late": 3600.0,
     "view": "mail_queue",
     "why": "a reason",
+    "scanned": 64,
+    "seen": "never",
+    "sequences": json.dumps([1, 2, 3]),
+    "subscription": "billing",
+    "subscriptions": json.dumps([{"name": "billing", "types": ["held"], "routes": None}]),
+    "token": WORKER,
+    "types": json.dumps(["accepted"]),
     "withheld": "rate",
     "worker": WORKER,
     "workers": json.dumps([WORKER]),
 }
-# Statements whose rows are SQL text of the database's own.
-OWN_TEXT = {("relay.report.queries", "view_definition")}
+# Statements whose rows are text of the database's own.
+OWN_TEXT = {("relay.report.queries", "view_definition"), ("relay.events.subscriptions", "seen")}
 # By module, where a name means something else than elsewhere.
 OWN_EXAMPLES: dict[str, dict[str, Any]] = {
     "relay.dsn.generator": {"id": IDS[2 * list(State).index(State.BOUNCED)]},
+    "relay.events.outbox": {"after": 2, "queue_id": None},
     "relay.queue.claim": {"id": IDS[2 * list(State).index(State.SPLIT)]},
     "relay.report.queries": {"actor": "m%"},
     "relay.report.problems": {"least": 1, "slack": 0.0},
@@ -289,7 +303,16 @@ def _fill(engine: Engine, connection: Connection, after: str) -> None:
             f" after(-99), {disabled}, NULL)",
             user=user,
         )
+    for hours, count in ((1, 4), (2, 5), (30, 6)):
+        run(
+            "INSERT INTO rate_refusals VALUES ('client', 'messages', '192.0.2.1',"
+            f" after(-{3600 * hours}), {count}, after(-{3600 * hours}))"
+        )
     run("INSERT INTO dsn_limits VALUES ('a@example.com', after(-100))")
+    run(
+        "INSERT INTO subscriptions (name, routes, created_at, seen_at)"
+        " VALUES ('billing', '[\"other\"]', after(-99), after(-9))"
+    )
     run(
         "INSERT INTO audit VALUES (:action, after(0), 'me', 'hold', 'why', '--all', 1)",
         action=ACTION,
@@ -304,6 +327,8 @@ def _fill(engine: Engine, connection: Connection, after: str) -> None:
             for queue_id in IDS
         ],
     )
+    run("DELETE FROM notifications WHERE queue_id > :id", id=IDS[5])
+    run("UPDATE notifications SET due_at = after(-5), queued_at = after(-7200)")
     for queue_id, (state, claimed) in zip(IDS, product(State, (False, True)), strict=True):
         due = "after(-50)" if claimed else "after(50000)"
         run(

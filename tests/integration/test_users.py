@@ -81,6 +81,29 @@ def test_each_change_happens_once_and_is_recorded(engine: Engine) -> None:
     assert operations == ["user add ann", "user disable ann", "user enable ann", "user remove ann"]
 
 
+def test_a_change_keeps_what_it_does_not_name(engine: Engine) -> None:
+    users = Users(engine)
+    users.add("ann", "a hash", senders=["ann@example.org"], messages_per_minute=5, actor="me@here")
+    assert users.change("ann", senders=["*@example.org", "*@example.net"], actor="me@here")
+    user = only(users)
+    assert (user.role, user.messages_per_minute) == (Role.SENDER, 5)
+    assert user.senders == ("*@example.org", "*@example.net")
+    assert users.change("ann", role=Role.VIEWER, messages_per_minute=9, actor="me@here")
+    user = only(users)
+    assert (user.role, user.messages_per_minute) == (Role.VIEWER, 9)
+    assert user.senders == ("*@example.org", "*@example.net")
+    assert users.change("ann", messages_per_minute=0, actor="me@here", reason="why")
+    assert only(users).messages_per_minute is None
+    assert users.find(["ann"])["ann"].password_hash == "a hash"
+    assert not users.change("bob", role=Role.VIEWER, actor="me@here")
+    changes = [(reason, options) for _, what, reason, options in audit(engine) if " set " in what]
+    assert sorted(changes) == [
+        ("", "--role viewer --messages-per-minute 9"),
+        ("", "--sender *@example.org --sender *@example.net"),
+        ("why", "--messages-per-minute 0"),
+    ]
+
+
 def test_the_database_records_when_users_were_seen(engine: Engine) -> None:
     users = Users(engine)
     for name in ("ann", "bob"):
@@ -137,6 +160,13 @@ def test_the_commands_change_and_list_users(typed: Typed, queue: QueueHarness) -
         "last_seen_at",
     }
     assert "*@example.org *@example.net" in typed("user", "list").stdout
+    assert typed("user", "set", "ANN", "--sender", "ann@example.org").stdout == "user ann changed\n"
+    typed("user", "set", "ann", "--role=operator", "--messages-per-minute=7", "--reason=promoted")
+    ann = lines(typed("user", "list", "--json"))[0]
+    assert (ann["role"], ann["senders"]) == ("operator", ["ann@example.org"])
+    assert ann["messages_per_minute"] == 7
+    typed("user", "set", "ann", "--messages-per-minute=0")
+    assert lines(typed("user", "list", "--json"))[0]["messages_per_minute"] is None
     typed("user", "disable", "ann", "--reason", "left us")
     assert "it is disabled already" in typed("user", "disable", "ann", status=1).stderr
     assert lines(typed("user", "list", "--json"))[0]["disabled_at"]
@@ -145,6 +175,7 @@ def test_the_commands_change_and_list_users(typed: Typed, queue: QueueHarness) -
     assert [row["name"] for row in lines(typed("user", "list", "--json"))] == ["ann"]
     entries = [(operation, reason) for _, operation, reason, _ in audit(queue.database)]
     assert ("user disable ann", "left us") in entries
+    assert ("user set ann", "promoted") in entries
     assert ("user remove boss", "") in entries
 
 
@@ -207,8 +238,17 @@ def test_wrong_use_of_users_is_named(typed: Typed) -> None:
     assert "choose one of sender, viewer, operator" in add(typed, "x", "--role=boss", status=2)
     assert "is not a user's name" in add(typed, "a b", status=2)
     assert "is not a pattern of senders" in add(typed, "x", "--sender=example.org", status=2)
-    for verb in ("passwd", "disable", "enable", "remove"):
-        options = ["--password-file=-"] if verb == "passwd" else []
+    assert "nothing to change: add --role" in typed("user", "set", "ann", status=2).stderr
+    assert "no role boss" in typed("user", "set", "ann", "--role=boss", status=2).stderr
+    wrong_pattern = typed("user", "set", "ann", "--sender=example.org", status=2)
+    assert "is not a pattern of senders" in wrong_pattern.stderr
+    for verb, options in {
+        "passwd": ["--password-file=-"],
+        "set": ["--role=viewer"],
+        "disable": [],
+        "enable": [],
+        "remove": [],
+    }.items():
         missing = typed("user", verb, "bob", *options, status=1, answer=PASSWORD)
         assert "there is no user bob; `qmqp-relay user list`" in missing.stderr
         assert "is not a user's name" in typed("user", verb, "b b", *options, status=2).stderr

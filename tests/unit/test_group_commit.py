@@ -78,6 +78,19 @@ def harness(database: Database) -> Iterator[CommitHarness]:
     harness.writer.close(20)
 
 
+def test_an_urgent_item_takes_along_what_has_gathered(database: Database) -> None:
+    harness = CommitHarness(database, gather=1e6)
+    harness.put(1)
+    harness.put(2)  # after a batch of two the next one gathers
+    harness.writer.start()
+    harness.wait()
+    harness.put("patient")
+    harness.put("urgent", urgent=True)
+    harness.wait()
+    assert database.rounds == [[1, 2], ["patient", "urgent"]]
+    harness.finish()
+
+
 def test_items_that_gather_within_a_commit_are_the_next_batch(
     harness: CommitHarness, database: Database
 ) -> None:

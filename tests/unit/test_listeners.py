@@ -77,6 +77,14 @@ def test_an_address_is_named_once(monkeypatch: pytest.MonkeyPatch, value: str, n
         load(SmtpdSettings)
 
 
+def test_a_listener_where_no_client_can_log_in_is_refused() -> None:
+    listen = "127.0.0.1:25, 127.0.0.1:587/auth"
+    with pytest.raises(SettingsError, match=r"no client can log in at 127\.0\.0\.1:587/auth: set"):
+        load(SmtpdSettings, smtp_listen=listen)
+    settings = load(SmtpdSettings, smtp_listen=listen, auth_plaintext_networks="10.0.0.0/8")
+    assert settings.smtp_listen[1].auth
+
+
 def free_descriptors(count: int) -> int:
     """The first of so many descriptors in a row that nothing in this process uses."""
     used = {int(each.name) for each in Path("/proc/self/fd").iterdir()}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from commands.web.app import unbroken
+from commands.web.text import unbroken
 from tests.scaling import growth
 
 

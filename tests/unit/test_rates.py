@@ -1,6 +1,7 @@
 """Rate limits: their grammar, their buckets, and the bound of their memory."""
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
@@ -8,11 +9,13 @@ from hypothesis import strategies as st
 
 from reception import rates as module
 from reception.envelope import Refused
+from reception.login import Login
 from reception.policy import Policy
-from reception.rates import MAX_KEYS, Rates, RateTable
+from reception.rates import MAX_KEYS, RateExceeded, Rates, RateTable
 from relay import metrics
 from relay.rate_limits import RateLimit, parse_rate_limit
 from relay.settings import SettingsError, SmtpdSettings, load
+from relay.users import Role, User
 from tests.waiting import SetClock
 
 
@@ -84,12 +87,9 @@ def test_a_bucket_has_a_minute_of_tokens_and_fills_evenly(number: int) -> None:
 def test_all_limits_of_a_message_must_have_a_token_and_a_refusal_takes_none() -> None:
     clock = SetClock()
     rates = Rates([RateLimit("client", "messages", 3), RateLimit("sender", "messages", 1)], clock)
-    counter = metrics.RATE_LIMITED.labels("sender", "messages")
-    before = counter._value.get()  # noqa: SLF001
     assert refused(rates, client="c", sender="a@x") == ""
     for _ in range(5):
         assert "from this sender" in refused(rates, client="c", sender="A@X")
-    assert counter._value.get() == before + 5  # noqa: SLF001
     assert refused(rates, client="c", sender="b@x") == ""
     assert refused(rates, client="c", sender="c@x") == ""
     assert "from your address" in refused(rates, client="c", sender="d@x")
@@ -128,6 +128,31 @@ def test_memory_is_bounded_and_full_buckets_are_forgotten(few_keys: Callable[[],
     table.take("last@x")
     assert len(table) < few_keys()
     assert MAX_KEYS <= 1 << 14
+
+
+def test_refusals_are_counted_and_told_with_whose_they_are() -> None:
+    policy = Policy(load(SmtpdSettings, rate_limits="sender-messages=1"))
+    told: list[RateExceeded] = []
+    policy.on_rate_exceeded = told.append
+    counters = [metrics.RATE_LIMITED.labels(who, "messages") for who in ("sender", "user")]
+    before = [counter._value.get() for counter in counters]  # noqa: SLF001
+    client = policy.client("192.0.2.1")
+    client.check_rate("messages", "a@x")
+    user = User("ann", Role.SENDER, ("*",), 1, datetime.now(UTC), None, None)
+    logged_in = client.as_user(Login(user))
+    logged_in.check_sender("b@x", 0)
+    for _ in range(2):
+        with pytest.raises(RateExceeded):
+            client.check_rate("messages", "a@x")
+    with pytest.raises(RateExceeded, match=r"451 4\.7\.1 Too many messages a minute by this user"):
+        logged_in.check_sender("b@x", 0)
+    assert [(one.subject, one.what, one.name) for one in told] == [
+        ("sender", "messages", "a@x"),
+        ("sender", "messages", "a@x"),
+        ("user", "messages", "ann"),
+    ]
+    after = [counter._value.get() for counter in counters]  # noqa: SLF001
+    assert after == [before[0] + 2, before[1] + 1]
 
 
 def test_a_policy_counts_clients_by_their_network() -> None:

@@ -1,0 +1,141 @@
+-- The triggers that write the outbox (migrations/triggers.py). A trigger is a part of the statement
+-- that changes a delivery. Without a subscription it only finds that there is none.
+
+-- name: drop_triggers
+DROP TRIGGER IF EXISTS record_accepted ON deliveries;
+DROP TRIGGER IF EXISTS record_split ON deliveries;
+DROP TRIGGER IF EXISTS record_outcome ON deliveries;
+DROP TRIGGER IF EXISTS record_warned ON deliveries;
+DROP TRIGGER IF EXISTS notify_subscriptions ON events;
+DROP FUNCTION IF EXISTS record_accepted();
+DROP FUNCTION IF EXISTS record_split();
+DROP FUNCTION IF EXISTS record_outcome();
+DROP FUNCTION IF EXISTS record_warned();
+DROP FUNCTION IF EXISTS notify_subscriptions();
+
+-- name: create_triggers
+-- The id of `accepted` is made from the delivery: rows that `fsck --rebuild` makes again have an
+-- event with the same id. Every other id is random.
+CREATE FUNCTION record_accepted() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF NOT EXISTS (SELECT 1 FROM subscriptions) THEN
+        RETURN NULL;
+    END IF;
+    INSERT INTO events (id, at, type, queue_id, delivery, route, reply, reason_source)
+    SELECT k.id, now(), k.type, NEW.queue_id, NEW.number, NEW.route, NEW.last_reply,
+        NEW.reason_source
+    FROM (
+        SELECT replace(CAST(NEW.queue_id AS text), '-', '') || '-' || NEW.number AS id,
+            'accepted' AS type, 1 AS place
+        UNION ALL
+        SELECT replace(CAST(gen_random_uuid() AS text), '-', ''), 'held', 2
+        WHERE NEW.state = 'held'
+    ) AS k
+    WHERE EXISTS (
+        SELECT 1 FROM subscriptions s
+        WHERE s.disabled_at IS NULL
+            AND (s.types IS NULL OR CAST(s.types AS jsonb) ? k.type)
+            AND (s.routes IS NULL OR CAST(s.routes AS jsonb) ? NEW.route))
+    ORDER BY k.place;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER record_accepted AFTER INSERT ON deliveries
+FOR EACH ROW WHEN (NEW.parent IS NULL) EXECUTE FUNCTION record_accepted();
+
+-- A delivery is split when its first child is inserted: its state alone may be taken back in the
+-- same transaction, when it turns out that it cannot be split.
+CREATE FUNCTION record_split() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF NOT EXISTS (SELECT 1 FROM subscriptions) THEN
+        RETURN NULL;
+    END IF;
+    INSERT INTO events (id, at, type, queue_id, delivery, route, attempt, server, outcome, reply,
+        reason_source)
+    SELECT replace(CAST(gen_random_uuid() AS text), '-', ''), now(), 'split', p.queue_id, p.number,
+        p.route, p.claim_count, p.last_server, p.last_outcome, p.last_reply, p.reason_source
+    FROM deliveries p
+    WHERE p.queue_id = NEW.queue_id AND p.number = NEW.parent
+        AND NOT EXISTS (
+            SELECT 1 FROM events e
+            WHERE e.queue_id = NEW.queue_id AND e.delivery = NEW.parent AND e.type = 'split')
+        AND EXISTS (
+            SELECT 1 FROM subscriptions s
+            WHERE s.disabled_at IS NULL
+                AND (s.types IS NULL OR CAST(s.types AS jsonb) ? 'split')
+                AND (s.routes IS NULL OR CAST(s.routes AS jsonb) ? p.route));
+    RETURN NULL;
+END $$;
+CREATE TRIGGER record_split AFTER INSERT ON deliveries
+FOR EACH ROW WHEN (NEW.parent IS NOT NULL) EXECUTE FUNCTION record_split();
+
+-- An attempt was uncertain if its row says so, or if its reply was malformed after the whole
+-- request. Then `uncertain` takes the place of `deferred`, and comes before every other type.
+CREATE FUNCTION record_outcome() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    uncertain boolean;
+BEGIN
+    IF NOT EXISTS (SELECT 1 FROM subscriptions) THEN
+        RETURN NULL;
+    END IF;
+    uncertain := OLD.state = 'sending' AND NEW.state <> 'delivered' AND EXISTS (
+        SELECT 1 FROM attempts a JOIN messages m ON m.id = a.queue_id
+        WHERE a.queue_id = NEW.queue_id AND a.delivery = NEW.number AND a.claim = NEW.claim_count
+            AND (a.outcome = 'uncertain'
+                OR (a.outcome = 'malformed' AND a.bytes_sent >= m.size)));
+    INSERT INTO events (id, at, type, queue_id, delivery, route, attempt, server, outcome, reply,
+        reason_source, next_at)
+    SELECT replace(CAST(gen_random_uuid() AS text), '-', ''), now(), k.type, NEW.queue_id,
+        NEW.number, NEW.route, NULLIF(NEW.claim_count, 0), NEW.last_server, NEW.last_outcome,
+        NEW.last_reply, NEW.reason_source,
+        CASE WHEN NEW.state IN ('deferred', 'queued') THEN NEW.due_at END
+    FROM (
+        SELECT 'uncertain' AS type, 1 AS place WHERE uncertain
+        UNION ALL
+        SELECT NEW.state, 2
+        WHERE NEW.state <> 'queued' AND NOT (uncertain AND NEW.state = 'deferred')
+    ) AS k
+    WHERE EXISTS (
+        SELECT 1 FROM subscriptions s
+        WHERE s.disabled_at IS NULL
+            AND (s.types IS NULL OR CAST(s.types AS jsonb) ? k.type)
+            AND (s.routes IS NULL OR CAST(s.routes AS jsonb) ? NEW.route))
+    ORDER BY k.place;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER record_outcome AFTER UPDATE OF state ON deliveries
+FOR EACH ROW WHEN (
+    NEW.state <> OLD.state
+    AND (NEW.state IN ('delivered', 'deferred', 'bounced', 'expired', 'held', 'dropped')
+        OR (OLD.state = 'sending' AND NEW.state = 'queued' AND NEW.last_outcome IN (
+            'uncertain', 'malformed'))))
+EXECUTE FUNCTION record_outcome();
+
+CREATE FUNCTION record_warned() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO events (id, at, type, queue_id, delivery, route, attempt, server, outcome, reply,
+        reason_source, next_at)
+    SELECT replace(CAST(gen_random_uuid() AS text), '-', ''), now(), 'warned', NEW.queue_id,
+        NEW.number, NEW.route, NULLIF(NEW.claim_count, 0), NEW.last_server, NEW.last_outcome,
+        NEW.last_reply, NEW.reason_source, CASE WHEN NEW.state = 'deferred' THEN NEW.due_at END
+    WHERE EXISTS (
+        SELECT 1 FROM subscriptions s
+        WHERE s.disabled_at IS NULL
+            AND (s.types IS NULL OR CAST(s.types AS jsonb) ? 'warned')
+            AND (s.routes IS NULL OR CAST(s.routes AS jsonb) ? NEW.route));
+    RETURN NULL;
+END $$;
+CREATE TRIGGER record_warned AFTER UPDATE OF warned_at ON deliveries
+FOR EACH ROW WHEN (OLD.warned_at IS NULL AND NEW.warned_at IS NOT NULL)
+EXECUTE FUNCTION record_warned();
+
+CREATE FUNCTION notify_subscriptions() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO notifications (queue_id, subscription, sequence, queued_at, due_at)
+    SELECT NEW.queue_id, s.name, NEW.sequence, NEW.at, NEW.at FROM subscriptions s
+    WHERE s.disabled_at IS NULL
+        AND (s.types IS NULL OR CAST(s.types AS jsonb) ? NEW.type)
+        AND (s.routes IS NULL OR CAST(s.routes AS jsonb) ? NEW.route);
+    RETURN NULL;
+END $$;
+CREATE TRIGGER notify_subscriptions AFTER INSERT ON events
+FOR EACH ROW EXECUTE FUNCTION notify_subscriptions();
