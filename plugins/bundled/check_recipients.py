@@ -23,7 +23,6 @@ class RecipientFile:
 
     path: Path
     delimiter: str
-    log: PluginLog
     addresses: frozenset[str] = frozenset()
     domains: frozenset[str] = frozenset()
     _version: tuple[int, int, int] | None = None
@@ -40,29 +39,31 @@ class RecipientFile:
             addresses = frozenset(line for line in lines if line and not line.startswith("#"))
             self.domains = frozenset(one.rpartition("@")[2] for one in addresses)
             self.addresses, self._version = addresses, version
-            self.log.info("recipients read", file=str(self.path), count=len(addresses))
+            log.info("recipients read", file=str(self.path), count=len(addresses))
 
     def knows(self, recipient: Address) -> bool:
         """Whether the file names the recipient, or does not name its domain."""
         try:
             self.load()
         except (OSError, UnicodeDecodeError) as error:
-            self.log.error("recipients not read", file=str(self.path), error=str(error))
+            log.error("recipients not read", file=str(self.path), error=str(error))
         local, domain = recipient.local.lower(), recipient.domain.lower()
         plain = local.partition(self.delimiter)[0] if self.delimiter else local
         names = {f"@{domain}", f"{local}@{domain}", f"{plain}@{domain}"}
         return domain not in self.domains or not names.isdisjoint(self.addresses)
 
 
+log: PluginLog
 recipients: RecipientFile
 
 
 @hookimpl
 def register(relay: Relay, args: PluginArguments) -> None:
     """Reads the arguments, and the file for the first time. Raises OSError."""
-    global recipients
+    global log, recipients
     args.check_known("delimiter", words=1)
-    recipients = RecipientFile(relay.path(args.word(0)), args.option("delimiter", ""), relay.log)
+    log = relay.log
+    recipients = RecipientFile(relay.path(args.word(0)), args.option("delimiter", ""))
     recipients.load()
 
 

@@ -60,13 +60,13 @@ async def queue(transaction: Transaction) -> Answer | None:
         return None
     body = BodyStream(transaction.content.size, transaction.content.read)
     log.info("forwarding", id=transaction.queue_id, server=server.name)
-    return answer(await connection(transaction, body).run())
+    return answer(await connection(request_for(transaction), body).run())
 
 
-def connection(transaction: Transaction, body: bytes | BodyStream) -> ClientConnection:
-    """The connection that sends the message."""
+def connection(request: Request, body: bytes | BodyStream) -> ClientConnection:
+    """The connection that sends the request with the message in it."""
     return ClientConnection(
-        request=request(transaction, len(body) if isinstance(body, bytes) else body.size),
+        request=request,
         body=body,
         host=server.host,
         port=server.port,
@@ -75,10 +75,11 @@ def connection(transaction: Transaction, body: bytes | BodyStream) -> ClientConn
     )
 
 
-def request(transaction: Transaction, size: int) -> Request:
-    """The request around a message of `size` octets: all lengths are known before it is read."""
+def request_for(transaction: Transaction) -> Request:
+    """The request around a message: all lengths are known before the message is read."""
     recipients = [one.address.encode("latin-1") for one in transaction.recipients]
-    return Request(size, transaction.sender.address.encode("latin-1"), recipients)
+    sender = transaction.sender.address.encode("latin-1")
+    return Request(transaction.content.size, sender, recipients)
 
 
 def answer(result: Result) -> Answer | None:

@@ -85,7 +85,7 @@ def reply_to_large(running: SmtpHarness) -> bytes:
         client.socket.settimeout(60)
         client.begin()
         client.send(b"Subject: score=7\r\n\r\n")
-        for _ in range(25_000_000 // len(line) // 1000):
+        for _ in range(400):
             client.send(line * 1000)
         client.send(b".\r\n")
         return client.reply()
@@ -174,7 +174,7 @@ def test_25_mb_are_forwarded_with_flat_memory(start: Start, tmp_path: Path):
             assert tracemalloc.get_traced_memory()[1] - before < FLAT
         finally:
             tracemalloc.stop()
-        assert sink.received[1].size > 24_900_000
+        assert sink.received[1].size > 25_000_000
     content = (tmp_path / "dump" / "2.eml").read_bytes()
     assert content.startswith(b"X-Added: yes\nReceived: ")
     assert content.endswith(b"x" * 62 + b"\n")
@@ -186,7 +186,7 @@ def test_postfix_takes_what_is_forwarded(start: Start, postfix: Postfix):
     reply = reply_to(running, b"Subject: hi\n\nhello\n")
     assert reply.startswith(b"250 2.0.0 Ok: Ok: queued as "), reply
     queue_id = reply.split()[-1].decode()
-    assert postfix.queued(queue_id).endswith(b"hello\n")
+    assert b"hello" in postfix.queued(queue_id)
     assert running.database.messages == []
 
 
