@@ -105,9 +105,8 @@ def register(relay: Relay, args: PluginArguments) -> None:
 
 @hookimpl
 async def mail(transaction: Transaction, parameters: Mapping[str, str]) -> None:
-    """Remembers what MAIL has told."""
-    told = {"instance": uuid4().hex, "size": parameters.get("SIZE", "0")}
-    transaction.notes["policy_service"] = told
+    """Remembers the size. It does not run if a plugin before it has answered OK."""
+    transaction.notes["policy_service_size"] = parameters.get("SIZE", "0")
 
 
 @hookimpl
@@ -116,8 +115,13 @@ async def rcpt(transaction: Transaction, recipient: Address) -> Answer | None:
     session = transaction.session
     if session.trusted and not ask_trusted:
         return None
-    told = attributes(session) | transaction.notes["policy_service"]
-    told |= {"sender": transaction.sender.address, "recipient": recipient.address}
+    notes = transaction.notes
+    told = attributes(session) | {
+        "instance": notes.setdefault("policy_service_instance", uuid4().hex),
+        "size": notes.get("policy_service_size", "0"),
+        "sender": transaction.sender.address,
+        "recipient": recipient.address,
+    }
     return answer(await service.ask(told), transaction)
 
 

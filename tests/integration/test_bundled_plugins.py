@@ -412,6 +412,24 @@ def test_the_service_is_told_of_the_client_over_kept_connections(start: Start):
     }
 
 
+def test_a_plugin_that_accepts_the_sender_hides_only_the_size(start: Start, tmp_path: Path):
+    accepting = tmp_path / "accepting.py"
+    accepting.write_text(
+        "from qmqp_relay import OK, hookimpl\n@hookimpl\ndef mail():\n    return OK\n"
+    )
+    RecordingService.asked.clear()
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), RecordingService) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        service = f"policy_service 127.0.0.1:{server.server_address[1]}"
+        running = start(f"{accepting}; {service}", **STRANGERS)
+        assert reply_to_rcpt(running).startswith(b"250")
+        running.close()
+        server.shutdown()
+        thread.join()
+    assert [one["size"] for one in RecordingService.asked] == ["0"]
+
+
 ACTIONS = {
     "DUNNO": None,
     "dunno now": None,
