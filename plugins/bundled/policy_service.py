@@ -116,13 +116,13 @@ async def rcpt(transaction: Transaction, recipient: Address) -> Answer | None:
     if session.trusted and not ask_trusted:
         return None
     notes = transaction.notes
-    told = attributes(session) | {
+    question = attributes(session) | {
         "instance": notes.setdefault("policy_service_instance", uuid4().hex),
         "size": notes.get("policy_service_size", "0"),
         "sender": transaction.sender.address,
         "recipient": recipient.address,
     }
-    return answer(await service.ask(told), transaction)
+    return answer(await service.ask(question), transaction)
 
 
 def attributes(session: Session) -> dict[str, str]:

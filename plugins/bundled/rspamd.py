@@ -81,7 +81,7 @@ def envelope(transaction: Transaction) -> Iterator[tuple[str, str]]:
     """What rspamd is told beside the content."""
     session = transaction.session
     version, _, cipher = (session.tls or "").partition(" ")
-    told = {
+    fields = {
         "IP": session.client_address,
         "Helo": session.helo,
         "User": session.user,
@@ -91,7 +91,7 @@ def envelope(transaction: Transaction) -> Iterator[tuple[str, str]]:
         "TLS-Version": version,
         "TLS-Cipher": cipher,
     }
-    yield from ((name, value) for name, value in told.items() if value)
+    yield from ((name, value) for name, value in fields.items() if value)
     yield from (("Rcpt", one.address) for one in transaction.recipients)
 
 

@@ -371,11 +371,11 @@ class RecordingService(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         for _ in range(2):
-            told = dict[str, str]()
+            question = dict[str, str]()
             while line := self.rfile.readline().decode().strip("\n"):
-                name, _, told[name] = line.partition("=")
-            if told:
-                self.asked.append(told | {"connection": str(id(self))})
+                name, _, question[name] = line.partition("=")
+            if question:
+                self.asked.append(question | {"connection": str(id(self))})
                 self.wfile.write(b"action=DUNNO\n\n")
 
 
