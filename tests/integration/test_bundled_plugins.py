@@ -1,6 +1,10 @@
 """The bundled plugins in sessions of SMTP, against the real programs that they talk to."""
 
+import json
+import os
 import socketserver
+import subprocess
+import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -493,6 +497,21 @@ def test_a_wrong_argument_is_named(entry: str, error: str):
     with pytest.raises(PluginError) as raised:
         plugins(entry)
     assert error in str(raised.value)
+
+
+def test_what_a_plugin_logs_is_not_in_the_output_of_a_command(tmp_path: Path):
+    file = tmp_path / "recipients"
+    file.write_text("ann@example.org\n")
+    shown = subprocess.run(
+        [sys.executable, "-m", "commands.cli.main", "plugins", "--json"],
+        env=os.environ
+        | {"RELAY_STATE_DIR": str(tmp_path), "RELAY_PLUGINS": f"check_recipients {file}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(shown.stdout)["name"] == "check_recipients"
+    assert "recipients read" in shown.stderr
 
 
 def test_a_plugin_sets_its_time_limits_unless_the_entry_does(tmp_path: Path):
