@@ -122,7 +122,7 @@ class ConnectionHooks:
             for hook in WITH_CONTENT:
                 if hook in self.hooks and not reply and not transaction.discarded:
                     verdict = await self._asked(hook, transaction)
-                    reply = self._reply(hook, verdict)
+                    reply = self._reply(hook, verdict, queue_id)
         finally:
             transaction.content = None
             content.close()
@@ -147,7 +147,7 @@ class ConnectionHooks:
         self._put(lambda: self._question(hook, {"transaction": transaction}, then, gone))
         return await answered
 
-    def _reply(self, hook: str, verdict: Verdict | None) -> str:
+    def _reply(self, hook: str, verdict: Verdict | None, queue_id: str) -> str:
         """The reply that an answer about a message means; '' if it shall be stored."""
         match verdict:
             case Verdict(Deny() | DenySoft() as answer):
@@ -156,6 +156,7 @@ class ConnectionHooks:
             case Verdict(OK(text), plugin) if hook == "queue":
                 log.info(
                     "taken by a plugin",
+                    id=queue_id,
                     plugin=plugin,
                     client=self.session.client_address,
                     reply=text,

@@ -245,7 +245,7 @@ class Reception:
             self._send(self._decision.reply)
         elif self.error is None:
             self._spool(None)
-        elif self.deadline is not None:
+        elif self._whole:
             self._refuse(self.error)
         self._on_backpressure()
 

@@ -8,7 +8,6 @@ that is not `ok` says what to do.
 import asyncio
 import contextlib
 import os
-import socket
 import stat
 import time
 from collections.abc import Iterable, Iterator
@@ -176,7 +175,7 @@ def _journal(settings: Settings, engine: Engine) -> Iterator[CheckResult]:
         segments, octets = spool.journal_usage()
         text = f"{segments} segments, {size(octets)}, mark {mark}"
         yield CheckResult(what, "ok", text)
-    if others := sorted(lag.hosts - {socket.gethostname()}):
+    if others := sorted(lag.foreign_hosts):
         text = f"segments of other hosts are not sealed: {', '.join(others)}"
         remedy = "if a host is gone for good, run `qmqp-relay fsck --adopt`"
         yield CheckResult(what, "warn", text, remedy)

@@ -3,6 +3,7 @@
 The front end runs in a thread, with a real spool and spooler, and a list for a database.
 """
 
+import errno
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from qmqp.netstring import encode
 from reception.hooks import HookHost
 from reception.receiver import BLOCK
 from relay.settings import SmtpdSettings, load
-from relay.spool.store import Spool
+from relay.spool.store import BodyWriter, Spool
 from tests.integration.front_end import ServerHarness, body_of
 from tests.integration.plugins import host, plugin_file
 from tests.integration.test_qmqpd import QmqpClient, qmqp_door
@@ -595,3 +596,25 @@ def test_a_hundred_threads_wait_at_once(run: Run) -> None:
         for client in slow:
             client.expect(b"250", b"250", b"250")
         assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("hook", ["message", "disconnect"])
+def test_a_disk_that_fails_before_the_plugins_are_asked_is_452(
+    run: Run, monkeypatch: pytest.MonkeyPatch, hook: str
+) -> None:
+    running = run(f"@hookimpl\nasync def {hook}(): pass\n")
+    append = BodyWriter.append
+
+    def full(body: BodyWriter, data: bytes) -> None:
+        if data.endswith(b"last\n"):
+            body.discard()
+            raise OSError(errno.ENOSPC, "no space")
+        append(body, data)
+
+    monkeypatch.setattr(BodyWriter, "append", full)
+    with talking(running) as client:
+        client.begin()
+        client.send((b"y" * 60 + b"\r\n") * (3 * BLOCK // 62) + b"last\r\n.\r\n")
+        client.expect(b"452 4.3.1")
+        client.say(b"NOOP", b"250")
+    until(lambda: running.bodies() == [])
