@@ -164,13 +164,14 @@ def not_reading(server: PeerServer) -> Peer:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Where the peers stop. `most` of them at once; `files` that each has beside its socket;
-    `settle` are the seconds after which smtpd has done all that it does for them."""
+    """Where the peers stop. At most `most` of them are measured, after `warm_up` others; `settle`
+    are the seconds after which smtpd has done all that it does for them."""
 
     name: str
     reach: Callable[[PeerServer], Peer]
     most: int = 1_000_000
     settle: float = 0.3
+    warm_up: int = WARM_UP
 
 
 PHASES = (
@@ -181,7 +182,7 @@ PHASES = (
     Phase("idle after EHLO", idle),
     Phase("idle after EHLO, TLS", secured),
     Phase("in AUTH, before its response", in_auth),
-    Phase("a wrong password", unverified, most=10, settle=2.0),
+    Phase("a wrong password", unverified, most=9, settle=2.0, warm_up=1),
     Phase(f"a transaction with {RECIPIENTS:,} recipients", with_recipients, most=50),
     Phase(f"in content, {SMALL:,} octets", partial(in_content, SMALL), most=200),
     Phase(f"in content, {LARGE:,} octets", partial(in_content, LARGE), most=200, settle=2.0),
@@ -222,7 +223,10 @@ def served(top: Path, peers: int) -> Iterator[PeerServer]:
     }
     command = (*services.RELAY, "smtpd")
     log = directory / "smtpd.log"
-    with running(command, log, lambda: listens(plain), env=environment, cwd=services.ROOT) as child:
+    ports = plain, tls, proxy
+    with running(
+        command, log, lambda: all(map(listens, ports)), env=environment, cwd=services.ROOT
+    ) as child:
         yield PeerServer(child.pid, directory, plain, tls, proxy, context)
     shutil.rmtree(directory)
 
@@ -249,7 +253,7 @@ def measured(phase: Phase, server: PeerServer, count: int) -> PeerCost:
     """Brings so many peers into the phase, and leaves them there until all is read."""
     peers = min(count, phase.most)
     with ExitStack() as stack:
-        for _ in range(min(WARM_UP, peers) if phase.most > WARM_UP else 0):
+        for _ in range(phase.warm_up):
             stack.enter_context(phase.reach(server).socket)
         time.sleep(phase.settle)
     time.sleep(phase.settle)

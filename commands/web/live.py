@@ -2,8 +2,10 @@
 
 The script of the page reads the stream, loads the page again on an event, and replaces its content;
 so a live page shows what a reload shows. A stream ends when its session does, and when the server
-stops. What must stay true: a stream reads nothing that the overview has not kept; streams are
-limited, so that they leave connections for pages.
+stops.
+
+What must stay true: streams are limited, so that they leave connections for pages, and together
+they occupy one thread while the overview is read.
 """
 
 import asyncio
@@ -28,6 +30,8 @@ class LiveStreams:
     def __init__(self, overview: Overview, access: Access) -> None:
         self._overview, self._access = overview, access
         self._open = 0
+        self._looking = asyncio.Lock()
+        self._version, self._looked_at = 0, float("-inf")
         self._stopped = asyncio.Event()
 
     def stop(self) -> None:
@@ -49,7 +53,7 @@ class LiveStreams:
             while not self._stopped.is_set():
                 try:
                     await run_in_threadpool(self._access.visitor, request)
-                    new = await run_in_threadpool(self._overview.version)
+                    new = await self._look()
                 except LoginNeeded:
                     yield "event: ended\ndata: 0\n\n"
                     return
@@ -59,6 +63,15 @@ class LiveStreams:
                 await self._pause()
         finally:
             self._open -= 1
+
+    async def _look(self) -> int:
+        """The version of the overview; one thread looks for all streams."""
+        async with self._looking:
+            now = asyncio.get_running_loop().time()
+            if now - self._looked_at >= INTERVAL:
+                self._version = await run_in_threadpool(self._overview.version)
+                self._looked_at = now
+            return self._version
 
     async def _pause(self) -> None:
         with contextlib.suppress(TimeoutError):

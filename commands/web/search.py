@@ -24,9 +24,9 @@ from relay.settings import seconds
 # Fields that are one text, with their label and a hint.
 TEXTS = {
     "id": ("Queue id", "or its end"),
-    "sender": ("Sender", "* and <> are allowed"),
-    "recipient": ("Recipient", "* is allowed"),
-    "header_message_id": ("Message-ID", "with or without <>"),
+    "sender": ("Sender", "a@b, * or <>"),
+    "recipient": ("Recipient", "a@b or *@b"),
+    "header_message_id": ("Message-ID", "<> not needed"),
     "reply": ("Reply", "a part of it"),
     "domain": ("Domain", "of the recipient"),
     "route": ("Route", "its name"),

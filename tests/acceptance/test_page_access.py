@@ -282,6 +282,19 @@ def test_a_trusted_proxy_names_the_user(queue: QueueHarness, proxied: Browser) -
     assert proxied.get("/").url == "/login", "without the header a password opens the page"
 
 
+def test_failures_count_for_the_client_that_a_proxy_names(proxied: Browser) -> None:
+    def status(client: str, password: str) -> int:
+        headers = {"X-Forwarded-For": f"198.51.100.1, {client}"}
+        another = Browser(proxied.root)
+        return another.post("/login", headers, name="ann", password=password).status
+
+    with ThreadPoolExecutor(10) as pool:
+        tried = list(pool.map(status, ["203.0.113.1"] * 10, ["wrong"] * 10))
+    assert tried == [403] * 10
+    assert status("203.0.113.1", PASSWORD) == 429
+    assert status("203.0.113.2", PASSWORD) == 200
+
+
 def test_the_header_of_another_client_is_refused(
     queue: QueueHarness, users: Users, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,10 @@
-"""AUTH and TLS together: where AUTH is offered, and what STARTTLS and certificates change."""
+"""AUTH and TLS together: where AUTH is offered, what STARTTLS changes, and real clients
+that log in."""
 
 import functools
+import shutil
+import smtplib
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +16,10 @@ from tests.integration.front_end import body_of
 from tests.integration.test_authentication import RIGHT
 from tests.integration.test_smtpd import SmtpHarness, talking
 from tests.integration.test_smtpd_auth import PLAIN, run
-from tests.integration.test_tls import authority, pair, speaking_tls
+from tests.integration.test_tls import authority, command, pair, speaking_tls
+from tests.postfix import PostfixClient
+from tests.services import ServiceError
+from tests.waiting import until
 
 __all__ = ["authority", "pair", "run"]  # fixtures
 
@@ -68,3 +75,121 @@ def test_starttls_forgets_a_login(serve: Callable[..., SmtpHarness], authority: 
         client.say(b"RSET", b"250")
         client.say(PLAIN, b"235")
     assert RIGHT not in str(running.database.messages)
+
+
+# --- real clients
+
+
+def auth_by_openssl(running: SmtpHarness, authority: Authority) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl on this machine")
+    words = ["openssl", "s_client", "-quiet", "-CAfile", str(authority.bundle)]
+    words += ["-verify_return_error", "-connect", f"127.0.0.1:{running.port}"]
+    words += [] if running.listener.tls else ["-starttls", "smtp"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as client:
+        assert client.stdin is not None
+        assert client.stdout is not None
+        if running.listener.tls:  # it does not wait for the banner
+            assert client.stdout.readline().startswith(b"220 ")
+        client.stdin.write(b"EHLO client.example\r\n" + PLAIN + b"\r\n")
+        client.stdin.flush()
+        assert any(line.startswith(b"235 ") for line in iter(client.stdout.readline, b""))
+        client.stdin.write(b"MAIL FROM:<a@example.com>\r\nrcpt TO:<b@example.org>\r\nDATA\r\n")
+        client.stdin.flush()
+        assert any(line.startswith(b"354") for line in iter(client.stdout.readline, b""))
+        client.stdin.write(b"Subject: x\r\n\r\nbody\r\n.\r\nQUIT\r\n")
+        client.stdin.flush()
+        assert b"\n221 2.0.0" in client.stdout.read()
+
+
+def auth_by_curl(running: SmtpHarness, authority: Authority) -> None:
+    scheme = "smtps" if running.listener.tls else "smtp"
+    command(
+        "curl", "-sS", "--ssl-reqd", "--cacert", authority.bundle, "--crlf",
+        f"{scheme}://localhost:{running.port}/client.example", "--user", f"ann:{RIGHT}",
+        "--mail-from", "a@example.com", "--mail-rcpt", "b@example.org", "-T", "-",
+        input="Subject: x\n\nbody\n",
+    )  # fmt: skip
+
+
+def auth_by_swaks(running: SmtpHarness, authority: Authority) -> None:
+    mode = "--tls-on-connect" if running.listener.tls else "--tls"
+    command(
+        "swaks", mode, "--tls-verify", "--tls-ca-path", authority.bundle, "--server", "localhost",
+        "--port", str(running.port), "--from", "a@example.com", "--to", "b@example.org",
+        "--auth", "LOGIN", "--auth-user", "ann", "--auth-password", RIGHT,
+    )  # fmt: skip
+
+
+def auth_by_msmtp(running: SmtpHarness, authority: Authority) -> None:
+    command(
+        "msmtp", "--host=localhost", f"--port={running.port}", "--tls=on", "--auth=login",
+        f"--tls-starttls={'off' if running.listener.tls else 'on'}", "--from=a@example.com",
+        "--user=ann", f"--passwordeval=echo '{RIGHT}'", f"--tls-trust-file={authority.bundle}",
+        "b@example.org", input="Subject: x\n\nbody\n",
+    )  # fmt: skip
+
+
+def auth_by_smtplib(running: SmtpHarness, authority: Authority) -> None:
+    context = authority.client_context()
+    if running.listener.tls:
+        client: smtplib.SMTP = smtplib.SMTP_SSL("localhost", running.port, context=context)
+    else:
+        client = smtplib.SMTP("localhost", running.port)
+        client.starttls(context=context)
+    with client:
+        client.login("ann", RIGHT)
+        client.sendmail("a@example.com", ["b@example.org"], b"Subject: x\r\n\r\nbody\r\n")
+
+
+def auth_by_postfix(running: SmtpHarness, authority: Authority) -> None:
+    if not any(Path("/usr/lib").glob("*/sasl2/libplain.so*")):
+        pytest.skip("no libsasl2-modules on this machine")
+    settings = {
+        "smtp_tls_security_level": "verify",
+        "smtp_tls_CAfile": authority.bundle,
+        "smtp_tls_wrappermode": "yes" if running.listener.tls else "no",
+        "smtp_tls_verify_cert_match": "localhost",
+        "smtp_sasl_auth_enable": "yes",
+        "smtp_sasl_password_maps": f"inline:{{ {{ [127.0.0.1]:{running.port} = ann:{RIGHT} }} }}",
+        "smtp_sasl_tls_security_options": "noanonymous",
+        "smtp_sasl_mechanism_filter": "plain",
+    }
+    try:
+        postfix = PostfixClient(
+            running.port, "".join(f"{name} = {value}\n" for name, value in settings.items())
+        )
+        postfix.start()
+    except ServiceError as error:
+        pytest.skip(str(error))
+    try:
+        postfix.sendmail("a@example.com", "b@example.org", b"Subject: x\n\nbody\n")
+        until(lambda: running.database.messages, 20)
+    finally:
+        postfix.stop()
+
+
+@pytest.mark.parametrize("implicit", [False, True], ids=["starttls", "implicit"])
+@pytest.mark.parametrize(
+    "deliver",
+    [
+        auth_by_openssl,
+        auth_by_curl,
+        auth_by_swaks,
+        auth_by_msmtp,
+        auth_by_smtplib,
+        auth_by_postfix,
+    ],
+)
+def test_real_clients_log_in_over_tls(
+    serve: Callable[..., SmtpHarness],
+    authority: Authority,
+    implicit: bool,
+    deliver: Callable[[SmtpHarness, Authority], None],
+) -> None:
+    running = serve(listener=Listener("127.0.0.1", 0, tls=implicit, auth=True))
+    deliver(running, authority)
+    [message] = running.messages(1)
+    assert (message.protocol, message.auth_user) == ("ESMTPSA", "ann")
+    assert message.recipients[0].address == "b@example.org"

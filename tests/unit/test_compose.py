@@ -248,3 +248,16 @@ def test_the_image_is_made_of_every_package_of_the_wheel() -> None:
     packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert [name for name in packages if f"!{name}" not in ignored] == []
+
+
+def test_the_override_of_the_page_names_what_compose_has():
+    text = (ROOT / "docker-compose.page.yml").read_text()
+    code = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    web = fields(fields(fields(code)["services"])["web"])
+    assert set(web) == {"environment", "secrets", "volumes"}
+    assert set(web["secrets"].strip("[]").split(", ")) <= set(fields(TOP["secrets"]))
+    assert re.findall(r"- (\w+):", web["volumes"]) == ["spool"]
+    assert "spool" in fields(TOP["volumes"])
+    given = set(re.findall(r"^ +(RELAY_[A-Z_]+):", code, re.MULTILINE))
+    assert given == {"RELAY_DATABASE_URL_FILE", "RELAY_WEB_PROXY_NETWORKS"}
+    assert {name.removesuffix("_FILE") for name in given} <= names()
