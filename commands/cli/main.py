@@ -232,7 +232,7 @@ def program() -> None:
     """The program `qmqp-relay`. smtpd and workers run without docstrings (`-OO`), which are a fifth
     of their memory: most are SQLAlchemy's."""
     if sys.argv[1:] in (["smtpd"], ["worker"]) and not sys.flags.optimize and _has_bytecode():
-        os.execv(sys.executable, [sys.orig_argv[0], "-OO", *sys.orig_argv[1:]])
+        os.execv(sys.executable, [sys.orig_argv[0], "-OO", *sys.orig_argv[1:]])  # noqa: S606  (it is this program)
     main(prog_name="qmqp-relay")
 
 
