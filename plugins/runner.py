@@ -92,9 +92,13 @@ class Plugins:
         """The hooks that some plugin has."""
         return frozenset(self._functions)
 
+    def functions(self, hook: str) -> tuple[HookFunction, ...]:
+        """The functions of a hook, in the order in which they run."""
+        return self._functions.get(hook, ())
+
     async def ask(self, hook: str, **arguments: Any) -> Verdict | None:
         """Asks the plugins in order; the first answer, or None."""
-        for function in self._functions.get(hook, ()):
+        for function in self.functions(hook):
             answer = await self._run(function, arguments)
             if answer is not None:
                 return Verdict(answer, function.plugin)
@@ -103,8 +107,7 @@ class Plugins:
     async def tell(self, hook: str, **arguments: Any) -> bool:
         """Runs the hook of every plugin, whatever they return; False if one of them failed."""
         answers = [
-            await self._run(function, arguments, ignored=True)
-            for function in self._functions.get(hook, ())
+            await self._run(function, arguments, ignored=True) for function in self.functions(hook)
         ]
         return FAILED not in answers
 

@@ -36,7 +36,8 @@ def register(relay: Relay, args: PluginArguments) -> None:
 @hookspec
 def connect(session: Session) -> Answered:
     """A client has connected, and has sent nothing. By SMTP a refusal takes the place of the
-    banner; in both protocols it ends the connection. On a listener with `/tls` it is silent."""
+    banner; in both protocols it ends the connection. On a listener with `/tls` the handshake comes
+    before it."""
 
 
 @hookspec
@@ -107,6 +108,8 @@ QUESTIONS = ("connect", "helo", "mail", "rcpt", "data", "message", "queue")
 """The hooks whose answer counts."""
 NOTICES = ("queue_post", "deny", "reset_transaction", "disconnect")
 """The hooks that are told, and whose answer is ignored."""
+SESSION_HOOKS = frozenset(QUESTIONS + NOTICES)
+"""The hooks of smtpd. A session costs nothing more if no plugin has one of them."""
 IN_WORKER = ("event",)
 """The hooks that run in workers, and not in a session."""
 WITH_CONTENT = ("message", "queue")

@@ -42,6 +42,9 @@ class QmqpConnection(MailConnection):
         if self.session.closed:
             self._discard(len(data))
             return
+        if self.early is not None:
+            self._take_early(data)
+            return
         events = self.session.receive(data)
         if not self.session.idle:
             # The first timeout runs for the lengths as a whole, not between their octets.
@@ -50,7 +53,7 @@ class QmqpConnection(MailConnection):
 
     def eof_received(self) -> bool:
         # The client may close its side behind the request, and read the reply.
-        self._half_closed = self.session.state in _COMPLETE
+        self._half_closed = self.session.state in _COMPLETE or self.early is not None
         return self._half_closed
 
     def _open(self) -> None:
@@ -67,7 +70,7 @@ class QmqpConnection(MailConnection):
         return super()._admit() if self.client.trusted else NOT_AUTHORIZED
 
     def _start(self) -> None:
-        pass  # QMQP has no banner
+        self._ask_to_connect()  # QMQP has no banner
 
     def _continue(self) -> None:
         if self.reading_paused or self.reception is not None:

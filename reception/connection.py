@@ -38,6 +38,8 @@ from relay import metrics
 from relay.listeners import Listener
 from relay.log import get_logger
 
+EARLY_LIMIT = 256 * 1024
+"""Octets that a client may send before the plugins let it connect."""
 LINGER_TIMEOUT = 10.0
 """Seconds for the last reply to leave."""
 
@@ -99,6 +101,7 @@ class MailConnection(asyncio.Protocol, ABC):
         self.deadline = 0.0  # of the client's silence, or of the last reply (monotonic)
         self._admitted: ClientPolicy | None = None
         self._hooks: ConnectionHooks | None = None  # None without plugins
+        self.early: bytes | None = None  # input before the plugins let the client connect
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport = cast(asyncio.Transport, transport)
@@ -122,12 +125,7 @@ class MailConnection(asyncio.Protocol, ABC):
             self._refuse(refusal, silently=self._listener.tls)
             return
         self._admitted = self.client
-        if self._hooks is not None and "connect" in self._hooks.hooks:
-            self.reading_paused = True
-            self.transport.pause_reading()
-            self._hooks.ask("connect", self._connected, session=self._hooks.session)
-        else:
-            self._start()
+        self._start()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.session.close()
@@ -180,6 +178,9 @@ class MailConnection(asyncio.Protocol, ABC):
     @abstractmethod
     def _start(self) -> None:
         """The client is admitted."""
+
+    def _greet(self) -> None:
+        """The plugins let the client connect, and it has sent nothing."""
 
     @abstractmethod
     def _continue(self) -> None:
@@ -303,8 +304,7 @@ class MailConnection(asyncio.Protocol, ABC):
         """Asks the plugins about a command."""
         hook, envelope = question.hook, question.envelope
         if envelope is None:
-            arguments = {"session": hooks.session, "name": question.subject}
-            hooks.ask(hook, self._answered, **arguments)
+            hooks.ask(hook, self._answered, session=hooks.session, name=question.subject)
             return
         transaction = hooks.transaction(envelope)
         if hook == "rcpt":
@@ -331,17 +331,38 @@ class MailConnection(asyncio.Protocol, ABC):
         """Tells the public session what is known by now."""
         public.trusted = self.session.client.trusted
 
+    def _ask_to_connect(self) -> bool:
+        """Asks the plugins whether the client may connect; False if none wants to know. Input waits
+        in `early` until then."""
+        hooks = self._hooks
+        if hooks is None or "connect" not in hooks.hooks:
+            return False
+        self.early = b""
+        self._describe(hooks.session)
+        hooks.ask("connect", self._connected, session=hooks.session)
+        return True
+
+    def _take_early(self, data: bytes) -> None:
+        """Keeps input that comes before the plugins have answered whether the client may connect;
+        more than EARLY_LIMIT closes the connection."""
+        assert self.early is not None
+        self.early += data
+        if len(self.early) > EARLY_LIMIT:
+            self.session.close()
+            self.transport.abort()
+
     def _connected(self, verdict: Verdict | None) -> None:
         """The plugins have answered whether the client may connect."""
+        early, self.early = self.early, None
         if self.session.closed:
             return
         self._extend()
-        self.reading_paused = False
-        self.transport.resume_reading()
         if verdict is not None and isinstance(verdict.answer, Deny | DenySoft):
-            self._refuse(verdict.answer.reply, silently=self._listener.tls)
+            self._refuse(verdict.answer.reply)
+        elif early:
+            self.data_received(early)
         else:
-            self._start()
+            self._greet()
 
     def _answered(
         self, verdict: Verdict | None, recipient: RewritableAddress | None = None
@@ -352,6 +373,8 @@ class MailConnection(asyncio.Protocol, ABC):
         self._extend()
         if verdict is not None and isinstance(verdict.answer, Deny | DenySoft):
             answer = verdict.answer
+            if self._hooks is not None and self.session.envelope is None:
+                self._hooks.end_transaction()  # it was about the sender, or about no transaction
             self._handle(self.session.hook_refused(answer.reply, closes=answer.disconnect))
         else:
             rewritten = recipient.rewritten if recipient is not None else None

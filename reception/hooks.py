@@ -11,7 +11,7 @@ commands does not recurse; after `close` no answer comes any more, but notices s
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from plugins.runner import Plugins, Verdict
@@ -21,6 +21,8 @@ from reception.envelope import Envelope
 from relay.log import get_logger
 
 log = get_logger(__name__)
+STOP_TIMEOUT = 5.0
+"""Seconds for the hooks that run when the process stops, such as `disconnect`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,14 @@ class HookHost:
 
     plugins: Plugins
     routes: Callable[[], Collection[str]]
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    """Those of connections whose hooks run; the loop has only weak references."""
+
+    async def stop(self) -> None:
+        """Lets hooks that run finish, for at most STOP_TIMEOUT, and stops the plugins."""
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=STOP_TIMEOUT)
+        await self.plugins.stop()
 
 
 class Decision(NamedTuple):
@@ -71,6 +81,7 @@ class ConnectionHooks:
     def transaction(self, envelope: Envelope) -> Transaction:
         """The transaction of an envelope; it begins with the first call."""
         if self._envelope is not envelope or self._transaction is None:
+            self.end_transaction()
             self._envelope = envelope
             self._transaction = Transaction(
                 self.session,
@@ -111,7 +122,7 @@ class ConnectionHooks:
             for hook in WITH_CONTENT:
                 if hook in self.hooks and not reply and not transaction.discarded:
                     verdict = await self._asked(hook, transaction)
-                    reply = self._reply(hook, verdict)
+                    reply = self._reply(hook, verdict, queue_id)
         finally:
             transaction.content = None
             content.close()
@@ -136,7 +147,7 @@ class ConnectionHooks:
         self._put(lambda: self._question(hook, {"transaction": transaction}, then, gone))
         return await answered
 
-    def _reply(self, hook: str, verdict: Verdict | None) -> str:
+    def _reply(self, hook: str, verdict: Verdict | None, queue_id: str) -> str:
         """The reply that an answer about a message means; '' if it shall be stored."""
         match verdict:
             case Verdict(Deny() | DenySoft() as answer):
@@ -145,6 +156,7 @@ class ConnectionHooks:
             case Verdict(OK(text), plugin) if hook == "queue":
                 log.info(
                     "taken by a plugin",
+                    id=queue_id,
                     plugin=plugin,
                     client=self.session.client_address,
                     reply=text,
@@ -195,6 +207,8 @@ class ConnectionHooks:
         self._waiting.append(work)
         if self._task is None:
             self._task = asyncio.create_task(self._work())
+            self._host.tasks.add(self._task)
+            self._task.add_done_callback(self._host.tasks.discard)
 
     async def _work(self) -> None:
         while self._waiting:

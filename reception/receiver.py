@@ -245,7 +245,7 @@ class Reception:
             self._send(self._decision.reply)
         elif self.error is None:
             self._spool(None)
-        elif self.deadline is not None:
+        elif self._whole:
             self._refuse(self.error)
         self._on_backpressure()
 
@@ -285,8 +285,9 @@ class Reception:
             if not await self._may_store(hooks, content):
                 self._claim.end()
                 self._send(self._decision.reply if self._decision is not None else None)
-        except ConnectionError:
-            self._claim.end()  # `cancel` has done everything else
+        except Exception as error:  # the client has gone, or a defect
+            self._stop(error)
+            self._refuse(error)
 
     async def _may_store(self, hooks: ConnectionHooks, content: MessageContent) -> bool:
         """Asks the plugins about the message, and begins to store it unless they have refused or

@@ -16,7 +16,8 @@ TIMEOUT = 5.0
 """Seconds that a hook may take."""
 MESSAGE_TIMEOUT = 30.0
 """Seconds that the hooks `message` and `queue` may take."""
-_ENTRY = re.compile(r"""(?:[^;"'\\]|\\.|"(?:[^"\\]|\\.)*"|'[^']*')+|["'\\]""", re.DOTALL)
+_ENTRY = re.compile(r"""(?:[^;"'\\]|\\.|"(?:[^"\\]|\\.)*"|'[^']*'|["'\\].*)+""")
+"""Up to a semicolon that is not quoted. A quote without its end reaches to the end of the line."""
 _OPTION = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 
 

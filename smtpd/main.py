@@ -13,7 +13,7 @@ from functools import partial
 
 from plugins.loader import load as load_plugins
 from plugins.runner import Plugins
-from qmqp_relay.hooks import IN_WORKER
+from qmqp_relay.hooks import SESSION_HOOKS
 from qmqpd.server import QmqpConnection
 from reception.authentication import Authenticator
 from reception.hooks import HookHost
@@ -107,8 +107,8 @@ async def _serve(
     recorder = RateRecorder(loop, state.engine)
     for door, _listeners in doors:
         door.policy.on_rate_exceeded = recorder.note
-    in_sessions = plugins is not None and plugins.hooks - {*IN_WORKER}
-    hooks = HookHost(plugins, routes.names) if plugins is not None and in_sessions else None
+    asked = plugins is not None and plugins.hooks & SESSION_HOOKS
+    hooks = HookHost(plugins, routes.names) if plugins is not None and asked else None
     server = FrontEnd(
         loop, settings, receiver, size_limit, authenticator, last_descriptor, certificate, hooks
     )
@@ -135,7 +135,9 @@ async def _serve(
     stop_metrics()
     log.info("stopping", sessions=len(server.connections))
     await server.stop(settings.drain_timeout)
-    if plugins is not None:
+    if hooks is not None:
+        await hooks.stop()
+    elif plugins is not None:
         await plugins.stop()
     await authenticator.close()
     await recorder.close()

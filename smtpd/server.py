@@ -50,6 +50,9 @@ class SmtpConnection(MailConnection):
     def data_received(self, data: bytes) -> None:
         if self.session.closed:
             return
+        if self.early is not None:
+            self._take_early(data)
+            return
         lines = self.session.lines
         self.octets += len(data)
         events = self.session.receive(data)
@@ -105,8 +108,11 @@ class SmtpConnection(MailConnection):
     def _start(self) -> None:
         if self._listener.tls:
             self._begin_handshake()
-        else:
+        elif not self._ask_to_connect():
             self._send_banner()
+
+    def _greet(self) -> None:
+        self._send_banner()
 
     def _send_banner(self) -> None:
         # A session that has not started refuses input that came before the banner. FIONREAD says
@@ -152,6 +158,8 @@ class SmtpConnection(MailConnection):
             self._refuse(STOPPING)
         elif not implicit:
             self.session.start_again()
+        elif self._ask_to_connect():
+            pass
         elif not secure.early:
             # uvloop delivers what came with the end of the handshake before this call.
             server.loop.call_soon(self._send_banner)

@@ -6,8 +6,11 @@ they could find.
 
 import os
 import time
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePath
+from typing import Any
+
+import pytest
 
 from relay.ids import new_id
 from relay.spool.journal.directory import JournalDirectory, SegmentFile
@@ -39,6 +42,27 @@ class DirectSupply:
     def take(self) -> tuple[str, SegmentFile]:
         """A new segment; raises OSError."""
         return make_segment(self.directory, self.spool, size=self.size)
+
+
+def told_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls that make octets and names durable, in order; names without their ids."""
+    calls: list[str] = []
+
+    def tell(owner: type, name: str, text: Callable[..., str]) -> None:
+        original = getattr(owner, name)
+
+        def telling(one: Any, *arguments: Any) -> Any:
+            calls.append(text(*arguments))
+            return original(one, *arguments)
+
+        monkeypatch.setattr(owner, name, telling)
+
+    tell(SegmentFile, "write", lambda *_: "write")
+    tell(SegmentFile, "sync", lambda: "sync")
+    tell(JournalDirectory, "rename", lambda _, new: f"rename to {PurePath(new).suffix or new}")
+    tell(JournalDirectory, "unlink", lambda name: f"unlink {PurePath(name).suffix}")
+    tell(JournalDirectory, "sync", lambda: "sync names")
+    return calls
 
 
 def message(size: int = 100, *, envelope: int = 50, seed: int = 0) -> JournalRecord:

@@ -150,6 +150,14 @@ def check(json_lines: Json = False) -> int:
 
 
 @command(main)
+def plugins(json_lines: Json = False) -> int:
+    """Show the plugins: order, hooks, arguments and time limits. Loads them as smtpd does."""
+    from commands.ops.plugins import show_plugins
+
+    return show_plugins(json_lines=json_lines)
+
+
+@command(main)
 def probe(
     server: Annotated[str, typer.Argument(help="host, host:port, [v6]:port or unix:/path.")],
     json_lines: Json = False,

@@ -8,7 +8,6 @@ that is not `ok` says what to do.
 import asyncio
 import contextlib
 import os
-import socket
 import stat
 import time
 from collections.abc import Iterable, Iterator
@@ -26,6 +25,7 @@ from commands.errors import DONE, OUT_OF_REACH, WRONG_USE
 from commands.ops.show import mounted_spool, opened
 from commands.output import size, span, write
 from commands.standalone import valkey
+from plugins.loader import load as load_plugins
 from qmqp.probe import probe
 from reception.policy import Policy, qmqp_networks
 from relay.db import engine as database
@@ -87,6 +87,7 @@ def check_all() -> Iterator[CheckResult]:
     yield from _database(settings)
     yield from _file_modes(settings)
     yield from check_certificate(smtpd)
+    yield from check_plugins(smtpd)
     yield _broker(settings)
     yield from check_routes(routes)
     servers = [server for route in routes.all() for server in route.servers]
@@ -174,7 +175,7 @@ def _journal(settings: Settings, engine: Engine) -> Iterator[CheckResult]:
         segments, octets = spool.journal_usage()
         text = f"{segments} segments, {size(octets)}, mark {mark}"
         yield CheckResult(what, "ok", text)
-    if others := sorted(lag.hosts - {socket.gethostname()}):
+    if others := sorted(lag.foreign_hosts):
         text = f"segments of other hosts are not sealed: {', '.join(others)}"
         remedy = "if a host is gone for good, run `qmqp-relay fsck --adopt`"
         yield CheckResult(what, "warn", text, remedy)
@@ -225,6 +226,18 @@ def check_certificate(settings: SmtpdSettings) -> Iterator[CheckResult]:
     if key.stat().st_mode & stat.S_IROTH:
         text = f"other users can read the key in {key}"
         yield CheckResult("certificate", "warn", text, f"run chmod o-r {key}")
+
+
+def check_plugins(settings: Settings) -> Iterator[CheckResult]:
+    """Whether every plugin can be loaded and registered."""
+    try:
+        loaded = load_plugins(settings)
+    except SettingsError as error:
+        yield CheckResult("plugins", "fail", str(error), "correct it; until then nothing starts")
+        return
+    if loaded is not None:
+        names = ", ".join(plugin.name for plugin in loaded.loaded)
+        yield CheckResult("plugins", "ok", f"loaded in this order: {names}")
 
 
 def _broker(settings: Settings) -> CheckResult:

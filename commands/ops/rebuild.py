@@ -36,7 +36,7 @@ from relay.queue.rescue import Rescuer
 from relay.report.queries import QueueReader
 from relay.settings import WorkerSettings, load
 from relay.spool.journal.adoption import voided_batches
-from relay.spool.journal.contents import SegmentContents, contents, end_of
+from relay.spool.journal.contents import SegmentContents, contents, end_of, highest_mark
 from relay.spool.journal.directory import JournalDirectory
 from relay.spool.journal.format import JournalRecord, Place
 from relay.spool.journal.scan import Damage, ScannedBatch
@@ -105,8 +105,7 @@ class Rebuilder:
         self._mark = SpoolMark(spool.handle, spool.identity)
         self._voids = voided_batches(self._directory)
         self._waiting = set[str]()  # messages that the committer is going to insert
-        self._mark.learn_from_journal()
-        self.known = self._mark.known
+        self.known = max(self._mark.known, highest_mark(self._directory, spool.identity))
         self.mark = int(self._ask("mark")[0].mark)
 
     @property

@@ -5,6 +5,7 @@ segment has rows, so only what lies behind is read; without a database every seg
 must stay true: a message that a void batch holds was never accepted, and is not found.
 """
 
+import socket
 import time
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -57,13 +58,14 @@ def uncommitted(
 
 
 class JournalLag(NamedTuple):
-    """What of the journal has no rows yet (`seconds`: since the oldest of it was written). `hosts`:
-    those whose segments are not sealed, unless a lock proves that their owner is alive."""
+    """What of the journal has no rows yet (`seconds`: since the oldest of it was written).
+    `foreign_hosts`: other hosts whose segments are not sealed, unless a lock proves that the owner
+    is alive."""
 
     messages: int
     octets: int
     seconds: float
-    hosts: frozenset[str]
+    foreign_hosts: frozenset[str]
 
 
 def journal_lag(spool: Spool, committed: Mapping[str, SegmentPosition]) -> JournalLag:
@@ -75,7 +77,8 @@ def journal_lag(spool: Spool, committed: Mapping[str, SegmentPosition]) -> Journ
         position = committed.get(segment.id, SegmentPosition(BLOCK, sealed=False))
         if position.sealed or segment.copied:
             continue
-        if not (segment.file.has_owner() and spool.is_local):
+        foreign = segment.header.host != socket.gethostname()
+        if foreign and not (segment.file.has_owner() and spool.is_local):
             hosts.add(segment.header.host)
         for batch in segment.batches(voids, position.committed_to, verify_bodies=False):
             if isinstance(batch, ScannedBatch) and batch.records:

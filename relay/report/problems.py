@@ -115,15 +115,17 @@ class Problems(Reader):
         """Mail that the relay itself has held since yesterday."""
         (row,) = self.read("held")
         if count := int(row["deliveries"]):
-            text = "deliveries were held by the relay in the last day; only an operator ends that"
+            were = "was" if count == 1 else "were"
+            text = f"{_many(count)} {were} held by the relay in the last day"
+            text += "; only an operator ends that"
             following = "qmqp-relay list --state held --newest"
-            yield Problem("held", "", row["held_at"], count, f"{count} {text}", following)
+            yield Problem("held", "", row["held_at"], count, text, following)
 
     def uncertain(self) -> Iterator[Problem]:
         """Mail that may have arrived twice since yesterday."""
         (row,) = self.read("uncertain")
         if count := int(row["deliveries"]):
-            text = f"{count} deliveries had an attempt in the last day that may have delivered them"
+            text = f"{_many(count)} had an attempt in the last day that may have delivered the mail"
             following = "qmqp-relay list --all --uncertain --newest"
             yield Problem("uncertain", "", row["finished_at"], count, text, following)
 
@@ -131,7 +133,7 @@ class Problems(Reader):
         """Mail that expires soon."""
         (row,) = self.read("expiring", soon=SOON)
         if count := int(row["deliveries"]):
-            text = f"{count} deliveries expire in less than six hours, unless an attempt succeeds"
+            text = f"{_many(count)} will expire in less than six hours, unless an attempt succeeds"
             following = "qmqp-relay list --expires-within 6h"
             yield Problem("expiring", "", None, count, text, following)
 
@@ -209,6 +211,10 @@ def certificate(file: str, days: float, warn_days: float, fault: str) -> Iterato
     elif days < warn_days:
         text = f"the certificate ends in {days:.0f} days, and is not renewed yet"
         yield Problem("certificate_ends", file, None, int(days), text, following)
+
+
+def _many(deliveries: int) -> str:
+    return "1 delivery" if deliveries == 1 else f"{deliveries} deliveries"
 
 
 def _count(deliveries: int) -> str:

@@ -40,9 +40,8 @@ class SpoolMark:
         self._spool = spool
         self._identity = identity
         self._lock = threading.Lock()
-        self.known = self._read()
-        if not self.known:
-            self.learn_from_journal()
+        # A lost file is not made here: the user of a command may be another one than smtpd's.
+        self.known = self._read() or highest_mark(JournalDirectory(spool), identity)
 
     def guard(self, engine: Engine) -> None:
         """Refuse new connections of this engine to an older database (OlderDatabase)."""
@@ -52,12 +51,18 @@ class SpoolMark:
         """Raise the mark by one; the new value. Raises the database's errors, and OlderDatabase if
         the database was restored under a connection that lives on."""
         known = max(self.known, self._read())
-        with writing(engine) as connection:
-            mark = int(Queries(engine, __name__).run(connection, "advance").scalar() or 0)
-        if mark <= known and known:
+        try:
+            with writing(engine) as connection:
+                mark = int(Queries(engine, __name__).run(connection, "advance").scalar() or 0)
+                if mark <= known and known:
+                    # Rolled back: several processes would lift it above what the spool knows.
+                    log.critical("database older than the spool", mark=mark - 1, known=known)
+                    raise OlderDatabase(
+                        "the database is older than the spool: run `fsck --rebuild`"
+                    )
+        except OlderDatabase:
             engine.dispose()  # new connections are refused by `guard`
-            log.critical("database older than the spool", mark=mark, known=known)
-            raise OlderDatabase("the database is older than the spool: run `fsck --rebuild`")
+            raise
         self.learn(mark)
         return mark
 
@@ -70,10 +75,13 @@ class SpoolMark:
                     self._write(mark)
 
     def learn_from_journal(self, *, unsealed: bool = False) -> None:
-        """Learn the highest mark of the batches, because the file may be lost, or an older one on a
-        disk that was full. Raises OSError."""
-        directory = JournalDirectory(self._spool)
-        self.learn(highest_mark(directory, self._identity, unsealed=unsealed))
+        """Write the highest mark of the batches to the file, which may be lost, or an older one
+        because the disk was full. Raises OSError if the journal cannot be read."""
+        found = highest_mark(JournalDirectory(self._spool), self._identity, unsealed=unsealed)
+        with self._lock:
+            self.known = max(self.known, found)
+            with suppress(OSError):
+                self._write(self.known)
 
     def _check(self, connection: Any, _record: Any) -> None:
         # Before the query: others may raise it meanwhile, this process or another one.
@@ -105,7 +113,7 @@ class SpoolMark:
             return 0
 
     def _write(self, mark: int) -> None:
-        """Replace the file, unless another process has written a higher mark."""
+        """Replace the file, unless it has this mark or a higher one."""
         directory = JournalDirectory(self._spool)
         if self._read() >= mark:
             return

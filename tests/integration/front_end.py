@@ -173,7 +173,7 @@ class ServerHarness:
         await self._stop.wait()
         await self.server.stop(self.drain)
         if self.hooks is not None:
-            await self.hooks.plugins.stop()
+            await self.hooks.stop()
         await self.server.authenticator.close()
         self.database.gate.set()
         await self.spooler.close(10.0)

@@ -264,3 +264,38 @@ def test_an_unknown_commit_whose_transaction_still_runs(postgres_queue: QueueHar
         first.close()
         again.join(20)
     assert counts(queue) == [2, 2, 2]
+
+
+def test_what_plugins_decided_is_in_the_rows(queue: QueueHarness) -> None:
+    plain = new_message()
+    prefixed = new_message(prefix="X-Spam: yes\nX-Name: \u00e9\n\tfolded\n")
+    held = new_message("b@example.org", "fast:c@example.org", hold_reason="looks odd")
+    queue.insert([plain, prefixed, held])
+    prefixes = queue.rows("SELECT @hex(id) AS id, prefix FROM messages")
+    assert {row["id"]: row["prefix"] for row in prefixes} == {
+        plain.id: None,
+        prefixed.id: "X-Spam: yes\nX-Name: \u00e9\n\tfolded\n",
+        held.id: None,
+    }
+    assert queue.states_of([plain.id, prefixed.id]) == ["queued", "queued"]
+    for number in (1, 2):
+        row = queue.delivery(held.id, number)
+        assert (row["state"], row["due_at"]) == ("held", None)
+        assert (row["last_reply"], row["reason_source"]) == ("looks odd", "relay")
+    (claim,) = queue.claim(prefixed.id)
+    assert claim.prefix == "X-Spam: yes\nX-Name: \u00e9\n\tfolded\n".encode()
+    (claim,) = queue.claim(plain.id)
+    assert claim.prefix == b""
+
+
+def test_a_row_that_is_escaped_keeps_the_lines_of_its_prefix(
+    queue: QueueHarness, journal: JournalHarness
+) -> None:
+    prefix = "X-Long: " + "y" * 900 + "\n\tz\nX-More: " + "y" * 900 + "\u00e9\n"
+    message = new_message(prefix=prefix, helo="x", sender="a\0@example.com")
+    encoded, span = journal.batch(message)
+    journal.acceptor.commit_each(encoded, span)
+    (row,) = queue.rows("SELECT prefix FROM messages")
+    if queue.state(message.id) == "held":  # PostgreSQL refuses a NUL
+        prefix = prefix.replace("\u00e9", "?")
+    assert row["prefix"] == prefix

@@ -1,19 +1,23 @@
 """A committer whose segments another process adopts, replays and removes while it sleeps."""
 
+import errno
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from reception.committer import JournalCommitter, WrittenBatch
 from relay.queue.accept import EncodedMessage, encode
+from relay.spool.journal.adoption import AdoptedSegment, adopt
 from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory
 from relay.spool.journal.format import JournalRecord, RecordKind
 from relay.spool.journal.supply import make_segment
-from relay.spool.journal.writer import AppendUnknown, JournalWriter
+from relay.spool.journal.writer import AppendFailed, AppendUnknown, JournalWriter
 from relay.spool.mark import SpoolMark
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness, new_message
+from tests.integration.test_spooler import spooler
 from tests.journal_records import SMALL, DirectSupply, message
 from tests.waiting import until
 
@@ -26,9 +30,10 @@ class SleepyOwner:
     def __init__(self, queue: QueueHarness, spool: Spool) -> None:
         self.directory = JournalDirectory(spool.handle)
         self.directory.make()
+        self.supply = DirectSupply(self.directory)
         self.writer = JournalWriter(
             self.directory,
-            DirectSupply(self.directory),
+            self.supply,
             on_retired=lambda segment, orderly: self.committer.retire(segment, orderly=orderly),
             segment_size=SMALL,
         )
@@ -97,6 +102,33 @@ def test_a_message_of_an_own_segment_gets_its_row(owner: SleepyOwner, queue: Que
     owner.wake_up()
     assert count(queue) == 1
     assert owner.committed.is_set()
+
+
+def test_a_void_that_is_written_just_before_the_adoption_counts(
+    owner: SleepyOwner, queue: QueueHarness, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clients heard 451, and the owner ends before the adopter looks for locks."""
+    spool.prepare(queue.database, unsafe=True)
+    owner.supply.spool = spool.identity
+    segment = owner.append()
+
+    def fail() -> None:
+        raise OSError(errno.EIO, "the sync failed")
+
+    def adopted(*arguments: Any, **options: Any) -> list[AdoptedSegment]:
+        if segment in owner.writer.files:
+            monkeypatch.setattr(owner.writer.files[segment], "sync", fail)
+            with pytest.raises(AppendFailed):
+                owner.append()
+            for one in [*owner.writer.files]:
+                owner.writer.files.pop(one).close()
+        return adopt(*arguments, **options)
+
+    monkeypatch.setattr("reception.committer.adopt", adopted)
+    with spooler(queue, spool) as other:
+        other.wait_for_rows(other.request())
+        until(lambda: other.spooler._committer.lag().messages == 0)  # noqa: SLF001
+    assert count(queue) == 2, "of the owner's two messages one"
 
 
 def test_an_empty_segment_that_was_adopted_does_not_stop_the_committer(

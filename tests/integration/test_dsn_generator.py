@@ -1257,3 +1257,11 @@ def test_due_at_and_the_dsn_change_in_one_transaction(harness: DsnHarness) -> No
         assert harness.files() <= {queue_id, *harness.dsns()}
         assert len(harness.another().generate(10)) == 1
     raise AssertionError("it never came through")
+
+
+def test_the_original_is_returned_with_the_fields_of_plugins(harness: DsnHarness) -> None:
+    queue_id = harness.accept(prefix="X-Spam: maybe\n")
+    harness.fail(queue_id)
+    (dsn,) = harness.generator.generate(10)
+    text = body_in(harness.spool.path(dsn))
+    assert b"\nX-Spam: maybe\nReceived: by relay\nSubject: original\n" in text

@@ -3,19 +3,25 @@
 The front end runs in a thread, with a real spool and spooler, and a list for a database.
 """
 
+import errno
 import json
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
+from qmqp.netstring import encode
 from reception.hooks import HookHost
 from reception.receiver import BLOCK
 from relay.settings import SmtpdSettings, load
-from relay.spool.store import Spool
+from relay.spool.store import BodyWriter, Spool
 from tests.integration.front_end import ServerHarness, body_of
 from tests.integration.plugins import host, plugin_file
+from tests.integration.test_qmqpd import QmqpClient, qmqp_door
 from tests.integration.test_smtpd import SmtpHarness, smtp_door, talking
 from tests.waiting import until
 
@@ -273,3 +279,342 @@ def test_notices_come_in_order(run: Run, tmp_path: Path) -> None:
     ]
     until(lambda: notes.read_text().splitlines()[9:] != [])
     assert notes.read_text().splitlines() == expected
+
+
+# By QMQP
+
+
+def request(recipients: tuple[bytes, ...] = (b"b@example.org",), body: bytes = b"x\n") -> bytes:
+    return encode(encode(body) + encode(b"a@example.com") + b"".join(map(encode, recipients)))
+
+
+QMQP_HOOKS = ("connect", "mail", "rcpt", "message", "queue")
+QMQP_ANSWERS = {
+    "None": (b"K", b""),
+    "OK('fine')": (b"K", b""),
+    "Deny('no')": (b"D", b"no (#5.7.1)"),
+    "DenySoft('wait')": (b"Z", b"wait (#4.7.1)"),
+    "DenySoft('wait', disconnect=True)": (b"Z", b"wait (#4.7.1)"),
+    "1 / 0": (b"Z", b"Local problem, try again later (#4.3.0)"),
+}
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+@pytest.mark.parametrize("answer", QMQP_ANSWERS)
+@pytest.mark.parametrize("hook", QMQP_HOOKS)
+def test_each_hook_by_each_answer_by_qmqp(run: Run, hook: str, answer: str, kind: str) -> None:
+    running = run(f"@hookimpl\n{kind} {hook}():\n    return {answer}\n", door=qmqp_door)
+    client = QmqpClient(running)
+    client.send(request())
+    reply = client.reply()
+    client.socket.close()
+    status, text = QMQP_ANSWERS[answer]
+    assert reply is not None
+    assert reply.status == status
+    assert reply.text == text if text else reply.text.startswith(b"Ok")
+    if status == b"K" and not (hook == "queue" and answer.startswith("OK")):
+        running.messages(1)
+    else:
+        assert running.database.messages == []
+
+
+def test_hooks_see_the_envelope_of_qmqp(run: Run) -> None:
+    running = run(
+        """
+        @hookimpl
+        def mail(transaction, sender, parameters):
+            assert (str(sender), parameters) == ("a@example.com", {})
+            assert transaction.session.door == "qmqp"
+
+        @hookimpl
+        async def rcpt(transaction, recipient):
+            if recipient.local == "old":
+                recipient.rewrite("new@example.org")
+
+        @hookimpl
+        def message(transaction):
+            transaction.add_header("X-To", " ".join(map(str, transaction.recipients)))
+
+        @hookimpl
+        def helo():
+            1 / 0
+
+        @hookimpl
+        def data():
+            1 / 0
+        """,
+        door=qmqp_door,
+    )
+    client = QmqpClient(running)
+    client.send(request((b"old@example.org", b"b@example.org", b"new@example.org")))
+    reply = client.reply()
+    client.socket.close()
+    assert reply is not None
+    assert reply.status == b"K"
+    (message,) = running.messages(1)
+    addresses = [one.address for one in message.recipients]
+    assert sorted(addresses) == ["b@example.org", "new@example.org"]
+    assert message.prefix == f"X-To: {' '.join(addresses)}\n"
+
+
+def test_a_plugin_that_denies_one_recipient_by_qmqp_denies_the_request(run: Run) -> None:
+    running = run(
+        """
+        @hookimpl
+        def rcpt(recipient):
+            return Deny("No such user", enhanced="5.1.1") if recipient.local == "x" else None
+        """,
+        door=qmqp_door,
+    )
+    client = QmqpClient(running)
+    client.send(request((b"b@example.org", b"x@example.org", b"c@example.org")))
+    reply = client.reply()
+    client.socket.close()
+    assert reply is not None
+    assert (reply.status, reply.text) == (b"D", b"No such user (#5.1.1)")
+
+
+# Faults of a hook
+
+HANGS = {
+    "def": "import time\n\n@hookimpl\ndef {hook}():\n    time.sleep(3)\n",
+    "async def": "import asyncio\n\n@hookimpl\nasync def {hook}():\n    await asyncio.sleep(100)\n",
+    "async def that cannot be cancelled": (
+        "import asyncio\n\n@hookimpl\nasync def {hook}():\n    for _ in range(30):\n"
+        "        try:\n            await asyncio.sleep(0.1)\n"
+        "        except asyncio.CancelledError:\n            pass\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HANGS)
+@pytest.mark.parametrize("hook", ["helo", "rcpt", "data", "message"])
+def test_a_hook_that_hangs_is_451_and_the_session_lives(run: Run, hook: str, kind: str) -> None:
+    running = run(HANGS[kind].format(hook=hook), "timeout=200ms message_timeout=200ms")
+    before = sample("relay_hook_calls_total", plugin="example", hook=hook, answer="late")
+    began = time.monotonic()
+    with talking(running) as client:
+        for name, line in SCRIPT.items():
+            if line:
+                client.send(line + b"\r\n")
+            if name == hook:
+                client.expect(b"451 4.3.0 Local problem, try again later\r\n")
+                break
+            client.expect(POSITIVE.get(name, b"250"))
+        client.say(b"RSET", b"250")
+    assert 0.2 <= time.monotonic() - began < 2.5
+    after = sample("relay_hook_calls_total", plugin="example", hook=hook, answer="late")
+    assert after == before + 1
+    assert running.database.messages == []
+
+
+def sample(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+def test_a_hook_that_blocks_the_loop_is_named(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    running = run("""
+        import time
+
+        @hookimpl
+        async def rcpt():
+            time.sleep(0.3)
+        """)
+    with talking(running) as client:
+        client.begin()
+    until(lambda: "hook blocked the loop" in "".join(capfd.readouterr()))
+
+
+def test_a_client_that_leaves_ends_the_question(run: Run, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    running = run(f"""
+        import asyncio, pathlib
+
+        @hookimpl
+        async def message():
+            note("asked")
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                note("cancelled")
+                raise
+
+        @hookimpl
+        def disconnect():
+            note("disconnect")
+
+        def note(text):
+            with open({str(notes)!r}, "a") as file:
+                file.write(text + "\\n")
+        """)
+    for size in (1, 3 * BLOCK):
+        with talking(running) as client:
+            client.begin()
+            client.send((b"y" * 60 + b"\r\n") * (size // 62 + 1) + b".\r\n")
+            until(lambda: notes.exists() and notes.read_text().endswith("asked\n"))
+        until(lambda: notes.read_text().endswith("asked\ncancelled\ndisconnect\n"))
+    until(lambda: running.bodies() == [])
+    assert running.database.messages == []
+
+
+def test_a_server_that_stops_ends_the_question(run: Run) -> None:
+    running = run("""
+        import asyncio
+
+        @hookimpl
+        async def message():
+            await asyncio.sleep(60)
+        """)
+    with talking(running) as client:
+        client.begin()
+        client.send(b"hi\r\n.\r\n")
+        until(lambda: running.hooks.tasks)
+        running.ask_to_stop(0.1)
+        client.expect(b"421 4.3.2 Service is stopping")
+        assert client.closed()
+    assert running.database.messages == []
+
+
+def test_a_refused_sender_leaves_no_transaction(run: Run) -> None:
+    running = run("""
+        @hookimpl
+        def mail(transaction, sender):
+            assert not transaction.notes
+            transaction.notes["seen"] = True
+            if sender.local == "bad":
+                return Deny("no")
+        """)
+    with talking(running) as client:
+        client.expect(b"220")
+        client.say(b"EHLO client.example", b"250")
+        client.say(b"MAIL FROM:<bad@example.com>", b"550 5.7.1 no")
+        client.say(b"RCPT TO:<b@example.org>", b"503")
+        client.say(b"MAIL FROM:<a@example.com>", b"250")
+        client.say(b"RCPT TO:<b@example.org>", b"250")
+
+
+def test_pipelined_commands_wait_for_each_answer(run: Run) -> None:
+    running = run("""
+        @hookimpl
+        async def rcpt(transaction, recipient):
+            assert len(transaction.recipients) == int(recipient.local)
+        """)
+    lines = [b"RCPT TO:<%d@example.org>" % number for number in range(1000)]
+    with talking(running) as client:
+        client.expect(b"220")
+        client.send(b"\r\n".join([b"EHLO client.example", b"MAIL FROM:<a@example.com>", b""]))
+        client.expect(b"250", b"250")
+        client.send(b"\r\n".join([*lines, b"DATA", b""]))
+        client.expect(*[b"250"] * 1000, b"354")
+        client.say(b".", b"250")
+    (message,) = running.messages(1)
+    assert [one.address for one in message.recipients][-1] == "999@example.org"
+
+
+def test_content_behind_a_refused_data_never_runs_as_commands(run: Run) -> None:
+    running = run("@hookimpl\ndef data():\n    return Deny('no')\n")
+    with talking(running) as client:
+        client.expect(b"220")
+        client.send(b"EHLO client.example\r\nMAIL FROM:<a@example.com>\r\n")
+        client.send(b"RCPT TO:<b@example.org>\r\n")
+        client.expect(b"250", b"250", b"250")
+        client.send(b"DATA\r\nMAIL FROM:<evil@example.com>\r\n.\r\n")
+        client.expect(b"550 5.7.1 no", b"421")
+        assert client.closed()
+
+
+def test_input_before_the_banner_is_refused_while_connect_is_asked(run: Run) -> None:
+    running = run("""
+        import time
+
+        @hookimpl
+        def connect():
+            time.sleep(0.2)
+        """)
+    with talking(running) as client:
+        client.send(b"EHLO early.example\r\n")
+        client.expect(b"554 5.5.0 The client must wait for the banner")
+        assert client.closed()
+
+
+def test_slow_hooks_delay_no_other_session(run: Run) -> None:
+    """A thousand sessions wait for a slow hook; others pass."""
+    running = run(
+        """
+        import asyncio
+
+        @hookimpl
+        async def rcpt(recipient):
+            if recipient.local == "slow":
+                await asyncio.sleep(4)
+        """,
+        "timeout=30s",
+        max_connections=4000,
+        max_connections_per_client=3000,
+    )
+    with ExitStack() as stack:
+        slow = [stack.enter_context(closing(running.client())) for _ in range(1000)]
+        for client in slow:
+            client.expect(b"220")
+            client.send(b"EHLO c.example\r\nMAIL FROM:<a@example.com>\r\n")
+        for client in slow:
+            client.expect(b"250", b"250")
+        began = time.monotonic()
+        for client in slow:
+            client.send(b"RCPT TO:<slow@example.org>\r\n")
+        times = []
+        while time.monotonic() < began + 3:
+            before = time.monotonic()
+            with talking(running) as client:
+                client.begin()
+                client.say(b".", b"250")
+            times.append(time.monotonic() - before)
+        assert sorted(times)[len(times) // 2] < 0.1
+        for client in slow:
+            client.expect(b"250")
+        assert 4 <= time.monotonic() - began < 10
+
+
+def test_a_hundred_threads_wait_at_once(run: Run) -> None:
+    running = run(
+        """
+        import time
+
+        @hookimpl
+        def rcpt():
+            time.sleep(1)
+        """,
+        max_connections_per_client=200,
+    )
+    with ExitStack() as stack:
+        slow = [stack.enter_context(closing(running.client())) for _ in range(100)]
+        for client in slow:
+            client.expect(b"220")
+            client.send(b"EHLO c.example\r\nMAIL FROM:<a@example.com>\r\n")
+            client.send(b"RCPT TO:<b@example.org>\r\n")
+        began = time.monotonic()
+        for client in slow:
+            client.expect(b"250", b"250", b"250")
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("hook", ["message", "disconnect"])
+def test_a_disk_that_fails_before_the_plugins_are_asked_is_452(
+    run: Run, monkeypatch: pytest.MonkeyPatch, hook: str
+) -> None:
+    running = run(f"@hookimpl\nasync def {hook}(): pass\n")
+    append = BodyWriter.append
+
+    def full(body: BodyWriter, data: bytes) -> None:
+        if data.endswith(b"last\n"):
+            body.discard()
+            raise OSError(errno.ENOSPC, "no space")
+        append(body, data)
+
+    monkeypatch.setattr(BodyWriter, "append", full)
+    with talking(running) as client:
+        client.begin()
+        client.send((b"y" * 60 + b"\r\n") * (3 * BLOCK // 62) + b"last\r\n.\r\n")
+        client.expect(b"452 4.3.1")
+        client.say(b"NOOP", b"250")
+    until(lambda: running.bodies() == [])

@@ -14,6 +14,7 @@ from relay.ids import new_id
 from relay.queue.accept import encode
 from relay.queue.outcome import Outcome
 from relay.spool.bodies import Bodies
+from relay.spool.journal.adoption import AdoptedSegment, adopt_one
 from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory
 from relay.spool.journal.format import Place, VoidedBatch, encode_segment_header, encode_void
 from relay.spool.journal.scan import read_header
@@ -244,6 +245,16 @@ def left_by_a_dead_spooler(queue: QueueHarness, spool: Spool) -> str:
     return request.queue_id
 
 
+def voided(directory: JournalDirectory, spool: Spool, failed: str) -> None:
+    """Another segment declares the first batch of this one void."""
+    segment, file = make_segment(directory, spool.identity, size=1 << 16)
+    void = encode_void(
+        bytes.fromhex(segment), 4096, VoidedBatch(failed, 4096), mark=0, written_at=0
+    )
+    file.write([void], 4096)
+    file.close()
+
+
 def test_a_void_batch_gets_no_rows(queue: QueueHarness, spool: Spool, typed: Typed) -> None:
     (queue_id,) = accepted(queue, spool, BODY)
     advance(queue, spool)
@@ -251,12 +262,7 @@ def test_a_void_batch_gets_no_rows(queue: QueueHarness, spool: Spool, typed: Typ
     queue.change("UPDATE spool SET mark = 0")
     directory = JournalDirectory(spool.handle)
     ((failed, _),) = directory.segments(OWNED, ADOPTED)
-    segment, file = make_segment(directory, spool.identity, size=1 << 16)
-    void = encode_void(
-        bytes.fromhex(segment), 4096, VoidedBatch(failed, 4096), mark=0, written_at=0
-    )
-    file.write([void], 4096)
-    file.close()
+    voided(directory, spool, failed)
     typed("fsck", "--rebuild", "--yes")
     assert queue.rows("SELECT id FROM messages") == []
 
@@ -302,6 +308,24 @@ def test_segments_of_another_host_are_adopted_by_order(
     assert body_of(queue, spool, foreign) == BODY
     assert [row["filter"] for row in queue.rows("SELECT filter FROM audit")] == ["--adopt"]
     assert "no segment of another host" in typed("fsck", "--adopt", status=1).stderr
+
+
+def test_an_order_sees_the_void_that_was_written_just_before_it(
+    queue: QueueHarness,
+    spool: Spool,
+    typed: Typed,
+    foreign: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    del foreign
+
+    def late(directory: JournalDirectory, name: str, **options: bool) -> AdoptedSegment | None:
+        voided(directory, spool, name.partition(".")[0])
+        return adopt_one(directory, name, **options)
+
+    monkeypatch.setattr("commands.ops.adopt.adopt_one", late)
+    assert "the rows of 0 messages were made" in typed("fsck", "--adopt", "--yes").stdout
+    assert queue.rows("SELECT id FROM messages") == []
 
 
 def test_no_order_adopts_what_another_container_of_this_machine_owns(
@@ -422,3 +446,18 @@ def test_fsck_finds_segments_without_files_and_leftovers(
         ("segment without file", segment),
         ("unfinished segment", str(path)),
     ]
+
+
+def test_rebuild_keeps_what_plugins_have_added(
+    queue: QueueHarness, spool: Spool, typed: Typed
+) -> None:
+    message = new_message(size=len(BODY), prefix="X-Spam: maybe\n")
+    spool.store(message.id, [BODY], encode(message))
+    queue.insert([message])
+    advance(queue, spool)
+    forget(queue, message.id)
+    queue.change("UPDATE spool SET mark = 0")
+    typed("fsck", "--rebuild", "--yes")
+    (row,) = queue.rows("SELECT prefix FROM messages WHERE id = @id(:id)", id=message.id)
+    assert row["prefix"] == "X-Spam: maybe\n"
+    assert queue.state(message.id) == "held"

@@ -7,7 +7,7 @@ import pytest
 
 from relay.queue.accept import Acceptor
 from relay.queue.outcome import Outcome
-from relay.spool.journal.directory import COPY, OWNED, JournalDirectory
+from relay.spool.journal.directory import ADOPTED, COPY, OWNED, JournalDirectory
 from relay.spool.journal.format import Place, VoidedBatch, encode_void
 from relay.spool.journal.reader import JournalReader, WrongBody
 from relay.spool.journal.supply import make_segment
@@ -15,6 +15,7 @@ from relay.spool.segments import CleaningTurn, SegmentStore
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness
 from tests.integration.test_spooler import SpoolerHarness
+from tests.journal_records import told_calls
 
 RETENTION = 1000.0
 SIZE = 2000
@@ -93,6 +94,18 @@ def test_a_segment_with_a_record_of_a_large_message_is_removed_without_a_scan(
     harness.pass_time(1000)
     monkeypatch.delattr(SegmentStore, "_needed")
     assert harness.store.turn() == CleaningTurn(removed=1)
+
+
+def test_the_names_are_durable_before_the_row_of_a_removed_segment_goes(
+    harness: SegmentHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness.finish(*harness.seal(1))
+    harness.pass_time(1000)
+    calls, rows = told_calls(monkeypatch), list[int]()
+    monkeypatch.setattr(JournalDirectory, "sync", lambda _: rows.append(harness.rows()))
+    assert harness.store.turn() == CleaningTurn(removed=1)
+    assert calls == [f"unlink {OWNED}", f"unlink {ADOPTED}", f"unlink {COPY}"]
+    assert (rows, harness.rows()) == ([1], 0)
 
 
 @pytest.mark.parametrize("state", ["sending", "deferred", "held", "dsn pending"])

@@ -480,6 +480,26 @@ def test_C23_a_database_that_hangs_costs_no_250(run: Callable[..., SmtpHarness])
     assert len(running.messages(1)) == 1
 
 
+@pytest.mark.parametrize("size", [500, 70_000], ids=["small", "large"])
+def test_an_envelope_that_no_segment_holds_552(
+    run: Callable[..., SmtpHarness], monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """It would be refused for ever with 451. A large message has its file by then."""
+    monkeypatch.setattr("reception.receiver.MAX_ENVELOPE", 3000)
+    running = run()
+    with talking(running) as client:
+        client.expect(b"220")
+        client.say(b"HELO c.example", b"250")
+        for count, reply in ((20, b"552 5.5.3 Too many recipients"), (1, b"250 2.0.0")):
+            client.say(b"MAIL FROM:<a@example.com>", b"250")
+            for number in range(count):
+                client.say(b"RCPT TO:<%d@example.org>" % number, b"250")
+            client.say(b"DATA", b"354")
+            client.say((b"x" * 98 + b"\r\n") * (size // 100) + b".", reply)
+    assert len(running.messages(1)) == 1
+    until(lambda: len(running.bodies()) == (size > 64 * 1024))
+
+
 def test_above_the_limit_of_the_journal_451(run: Callable[..., SmtpHarness]) -> None:
     running = run(journal_limit=1800)
     running.database.gate.clear()

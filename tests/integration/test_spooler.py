@@ -26,6 +26,7 @@ from reception.spooler_protocol import (
     StoreRequest,
     frame,
 )
+from relay.db.engine import OlderDatabase
 from relay.ids import new_id
 from relay.queue.accept import Acceptor, EncodedMessage, PositionMoved, SegmentSpan, encode
 from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory, SegmentFile
@@ -589,6 +590,20 @@ def test_frames_may_be_cut_anywhere() -> None:
     for n in range(len(data)):
         values += decoder.feed(data[n : n + 1])
     assert values == [(n, b"x" * n) for n in range(40)]
+
+
+def test_a_database_that_was_restored_under_living_connections_is_noticed(
+    queue: QueueHarness, bound: Spool
+) -> None:
+    """Each of several processes notices it, and none makes the database look newer."""
+    processes = [SpoolMark(bound.handle, bound.identity) for _ in range(3)]
+    for mark in processes:
+        mark.advance(queue.database)
+    queue.change("UPDATE spool SET mark = 2")
+    for mark in processes:
+        with pytest.raises(OlderDatabase, match="fsck --rebuild"):
+            mark.advance(queue.database)
+    assert queue.rows("SELECT mark FROM spool") == [{"mark": 2}]
 
 
 def test_a_database_that_was_restored_is_refused(

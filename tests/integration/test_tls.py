@@ -20,11 +20,14 @@ import uvloop
 from reception import handshake
 from relay import metrics
 from relay.listeners import Listener
+from relay.settings import SmtpdSettings, load
+from relay.spool.store import Spool
 from smtpd.server import SmtpConnection
 from tests.certificates import Authority
 from tests.content_model import model
 from tests.integration.front_end import body_of
-from tests.integration.test_smtpd import RawClient, SmtpHarness, run, talking
+from tests.integration.plugins import host, plugin_file
+from tests.integration.test_smtpd import RawClient, SmtpHarness, run, smtp_door, talking
 from tests.postfix import PostfixClient
 from tests.services import ServiceError
 from tests.waiting import until
@@ -546,3 +549,30 @@ def test_real_clients_verify_the_certificate_and_send(
     [message] = running.messages(1)
     assert (message.protocol[-1], message.tls is not None) == ("S", True)
     assert message.recipients[0].address == "b@example.org"
+
+
+@pytest.mark.parametrize(("answer", "banner"), [("None", b"220"), ("Deny('no')", b"550 5.7.1 no")])
+def test_connect_is_asked_after_an_implicit_handshake(
+    spool: Spool,
+    tmp_path: Path,
+    authority: Authority,
+    pair: tuple[Path, Path],
+    answer: str,
+    banner: bytes,
+) -> None:
+    plugin = plugin_file(
+        tmp_path,
+        f"@hookimpl\nasync def connect(session):\n    return {answer} if session.tls else OK()\n",
+    )
+    certificate, key = pair
+    made = load(
+        SmtpdSettings,
+        state_dir=tmp_path,
+        spool_dir=spool.directory,
+        tls_certificate=certificate,
+        tls_key=key,
+    )
+    running = SmtpHarness(spool, made, 100, smtp_door, IMPLICIT, hooks=host(str(plugin)))
+    with speaking_tls(running, authority.client_context()) as client:
+        client.expect(banner)
+    running.close()

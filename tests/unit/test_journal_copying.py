@@ -12,7 +12,7 @@ from relay.spool.journal.directory import COPY, JournalDirectory
 from relay.spool.journal.format import BLOCK, Place
 from relay.spool.journal.reader import JournalReader
 from relay.spool.journal.scan import read_header
-from tests.journal_records import message, open_journal, scanned
+from tests.journal_records import message, open_journal, scanned, told_calls
 
 SPOOL = "ab" * 16
 
@@ -44,6 +44,14 @@ def test_a_copy_holds_the_records(directory: JournalDirectory) -> None:
     for record, position in zip(records, positions, strict=True):
         assert reader.read(Place(segment, position), len(memoryview(record.body))) == record.body
     assert adopt(directory, skip=set()) == []
+
+
+def test_a_copy_is_durable_before_it_has_its_name(
+    directory: JournalDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = told_calls(monkeypatch)
+    write_copy(directory, SPOOL, [message(3000)])
+    assert calls == ["write", "sync", f"rename to {COPY}", "sync names"]
 
 
 @pytest.mark.usefixtures("file_limit")

@@ -420,6 +420,80 @@ def test_no_crash_loses_a_message_or_makes_it_come_twice() -> None:
     )
 
 
+# Histories that chance seldom finds
+
+
+@pytest.mark.usefixtures("counted_ids")
+def test_a_restored_database_is_noticed_before_a_segment_is_replayed() -> None:
+    history = JournalHistory()
+    history.back_up()
+    history.append(0, [10], {}, late=False, deep=False, after="lives")
+    history.commit(0, {}, from_memory=True, deep=False)
+    history.restore(0)
+    history.kill(0)
+    history.adopt(0, {}, deep=False)
+    history.commit(0, {}, from_memory=False, deep=False)
+    assert not history.database.messages
+    history.teardown()
+
+
+@pytest.mark.usefixtures("counted_ids")
+def test_a_mark_that_the_power_took_away_is_read_from_the_batches() -> None:
+    history = JournalHistory()
+    history.back_up()
+    for _ in range(2):
+        history.append(0, [10], {}, late=False, deep=False, after="lives")
+        history.commit(0, {}, from_memory=True, deep=False)
+    history.cut_power(PowerCut.LOSES_ALL, 1)
+    history.restore(0)
+    assert history.older()
+    history.teardown()
+
+
+@pytest.mark.usefixtures("counted_ids")
+def test_an_adopter_sees_the_void_that_was_written_just_before_its_rename() -> None:
+    """An owner that lives answers 451 while the adopter waits for the database."""
+    history = JournalHistory()
+    history.append(0, [10], {}, late=False, deep=False, after="lives")
+    owner, adopter = history.spoolers[0], ModelSpooler(history.disk, history.database)
+
+    def fail() -> None:
+        history.append(
+            0, [10], {("sync", 0): Interruption.FAIL}, late=False, deep=False, after="dies"
+        )
+        assert len(history.refused) == 1
+
+    adopter.process.expect({("transaction", 0): Interruption.PAUSE}, fail)
+    adopter.adopt()
+    assert not owner.alive
+    adopter.commit()
+    assert len(history.database.messages) == 1
+    history.teardown()
+
+
+@pytest.mark.usefixtures("counted_ids")
+def test_a_compaction_that_sleeps_moves_no_row_that_another_one_has_moved() -> None:
+    """The copy of the sleeper may be removed before it wakes up, because no row points to it."""
+    history = JournalHistory()
+    history.append(0, [10], {}, late=False, deep=False, after="is replaced")
+    process = history.disk.start_process()
+    session, directory = DatabaseSession(history.database, process), SimulatedDirectory(process)
+
+    def another() -> None:
+        known = {row.place.segment for row in history.database.messages.values()}
+        before = {name for name in history.look().names() if name.endswith(COPY)}
+        history.compact({})
+        moved = {row.place.segment for row in history.database.messages.values()}
+        assert moved != known
+        for name in before:
+            history.look().unlink(name)
+
+    process.expect({("transaction", 1): Interruption.PAUSE}, another)
+    compact(directory, session)
+    history.bodies_are_readable()
+    history.teardown()
+
+
 @pytest.mark.usefixtures("counted_ids")
 def test_a_void_outlives_the_segment_of_its_batch() -> None:
     """A rebuild reads the segment again, whose first message still waits. Random histories seldom

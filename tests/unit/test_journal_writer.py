@@ -273,6 +273,24 @@ def test_an_adopted_segment_gives_no_reply(directory: JournalDirectory) -> None:
     assert not voided_batches(directory)
 
 
+def test_a_segment_that_is_adopted_during_its_sync_gives_no_reply(
+    directory: JournalDirectory,
+) -> None:
+    """On a network file system the adopter may have read octets from before the write."""
+    writer, _ = new_writer(directory)
+    first = writer.append([message()])
+    file = writer.files[first.segment]
+    sync = file.sync
+
+    def adopted() -> None:
+        sync()
+        directory.rename(first.segment + OWNED, first.segment + ADOPTED)
+
+    file.sync = adopted  # type: ignore[method-assign]
+    with pytest.raises(AppendUnknown):
+        writer.append([message()])
+
+
 @pytest.mark.parametrize("twin", [False, True])
 def test_a_segment_that_was_removed_gives_no_reply(
     directory: JournalDirectory, tmp_path: Path, twin: bool

@@ -396,3 +396,9 @@ def test_a_reply_without_its_comma_is_malformed():
 def test_the_error_shows_the_address_without_python_quoting(address: bytes, shown: str) -> None:
     with pytest.raises(ValueError, match=rf"^no server can be trusted with the recipient {shown}$"):
         Request(1, b"a@example.com", [address])
+
+
+def test_a_prefix_is_a_part_of_the_message():
+    request = Request(5, b"a@b", [b"c@d"], b"X-A: 1\n")
+    assert request.head + b"body\n" + request.tail == wire_of(b"X-A: 1\nbody\n", b"a@b", b"c@d")
+    assert request.length == len(request.head) + 5 + len(request.tail)

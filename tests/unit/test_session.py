@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reception.envelope import Recipient, Refused
-from reception.events import DataComplete, DataReceived, Event, MailStarted, Refusal
+from reception.events import (
+    DataComplete,
+    DataReceived,
+    Event,
+    HookQuestion,
+    MailStarted,
+    Refusal,
+    TransactionEnded,
+)
 from reception.login import Login
 from reception.policy import ClientPolicy
 from smtpd.session import (
@@ -736,3 +744,96 @@ def test_content_that_is_not_stored_must_end(content: bytes, reply: str) -> None
     assert dialogue.send(b"x") == f"{reply}\r\n".encode()
     assert dialogue.session.closed
     assert dialogue.events_of(Refusal)[-1].reply == reply
+
+
+# Questions to plugins
+
+ASKED = ("helo", "mail", "rcpt", "data", "reset_transaction")
+
+
+def asked_dialogue() -> Dialogue:
+    talk = Dialogue(trusted=True)
+    talk.session = SmtpSession(GREETING, cast(ClientPolicy, talk.policy), hooks=ASKED)
+    talk.session.start()
+    talk.session.replies()
+    return talk
+
+
+def answered(talk: Dialogue, rewritten: str | None = None) -> bytes:
+    talk.events += talk.session.hook_agreed(rewritten)
+    return talk.session.replies()
+
+
+def test_a_command_waits_for_the_plugins_and_holds_what_follows():
+    talk = asked_dialogue()
+    assert talk.send(EHLO + MAIL + RCPT + b"DATA\r\n") == b""
+    questions = [(HookQuestion("helo", None, "client.example"))]
+    assert talk.events == questions
+    assert answered(talk).startswith(b"250-relay.example")
+    assert answered(talk) == b"250 2.1.0 Ok\r\n"
+    assert answered(talk) == b"250 2.1.5 Ok\r\n"
+    assert answered(talk).startswith(b"354")
+    assert [event.hook for event in talk.events_of(HookQuestion)] == list(ASKED[:4])
+    assert [event.subject for event in talk.events_of(HookQuestion)] == [
+        "client.example",
+        "a@b",
+        "c@d",
+        "",
+    ]
+    talk.send(b"hi\r\n.\r\n")
+    assert talk.waiting
+    assert talk.events_of(TransactionEnded) == [], "the message ends it, not the content"
+
+
+def test_a_refusal_of_the_plugins_leaves_the_state_as_it_was():
+    talk = asked_dialogue()
+    talk.send(EHLO)
+    answered(talk)
+    talk.send(MAIL)
+    talk.events += talk.session.hook_refused("550 5.7.1 no")
+    assert talk.session.replies() == b"550 5.7.1 no\r\n"
+    assert talk.session.state is SessionState.READY
+    talk.send(MAIL)
+    answered(talk)
+    talk.send(RCPT)
+    talk.events += talk.session.hook_refused("450 4.7.1 wait")
+    assert talk.session.replies() == b"450 4.7.1 wait\r\n"
+    assert codes(talk.send(b"DATA\r\n")) == [b"554 5.5.1"]
+    talk.send(RCPT)
+    answered(talk, "new@example.org")
+    assert talk.session.envelope is not None
+    assert [one.address for one in talk.session.envelope.recipients] == ["new@example.org"]
+    assert talk.send(b"RCPT TO:<c@d>\r\n") == b"250 2.1.5 Ok\r\n", "a repeat of what was rewritten"
+    talk.send(b"RSET\r\n")
+    assert len(talk.events_of(TransactionEnded)) == 1
+
+
+def test_a_plugin_may_end_the_session():
+    talk = asked_dialogue()
+    talk.send(EHLO + b"NOOP\r\n")
+    talk.events += talk.session.hook_refused("550 5.7.1 no", closes=True)
+    assert talk.session.replies() == b"550 5.7.1 no\r\n"
+    assert talk.session.closed
+
+
+def test_no_answer_of_the_plugins_is_taken_that_is_not_due():
+    talk = asked_dialogue()
+    with pytest.raises(RuntimeError, match="no answer of the plugins is due"):
+        talk.session.hook_agreed()
+    with pytest.raises(RuntimeError, match="no answer of the plugins is due"):
+        talk.session.hook_refused("550 5.7.1 no")
+
+
+@pytest.mark.parametrize(
+    ("address", "path"),
+    [
+        ("a.b@example.org", "a.b@example.org"),
+        ("a..b@example.org", '"a..b"@example.org'),
+        ('a"\\b@example.org', '"a\\"\\\\b"@example.org'),
+        ("a@b@example.org", '"a@b"@example.org'),
+    ],
+)
+def test_a_rewritten_recipient_is_quoted_where_smtp_wants_it(address: str, path: str):
+    recipient = Recipient("x@y", "x@y", "y", notify="NEVER").rewritten(address)
+    assert (recipient.address, recipient.path) == (address, path)
+    assert (recipient.domain, recipient.notify) == ("example.org", "NEVER")

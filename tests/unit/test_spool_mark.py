@@ -11,7 +11,7 @@ from relay.spool.journal.contents import highest_mark
 from relay.spool.journal.directory import MARK, NEW, JournalDirectory
 from relay.spool.journal.scan import batch_headers, read_header
 from relay.spool.mark import SpoolMark
-from tests.journal_records import message, new_writer, open_journal
+from tests.journal_records import message, new_writer, open_journal, told_calls
 
 
 @pytest.fixture
@@ -66,24 +66,12 @@ def test_a_slower_process_does_not_put_an_older_mark_back(
     assert content(directory) == b"9\n"
 
 
-def test_the_name_of_the_file_is_durable(
-    spool: int, directory: JournalDirectory, monkeypatch: pytest.MonkeyPatch
+def test_the_file_is_durable_before_and_after_it_has_its_name(
+    spool: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[str] = []
-    rename, sync = JournalDirectory.rename, JournalDirectory.sync
-
-    def told_rename(one: JournalDirectory, old: str, new: str) -> None:
-        calls.append(new)
-        rename(one, old, new)
-
-    def told_sync(one: JournalDirectory) -> None:
-        calls.append("sync")
-        sync(one)
-
-    monkeypatch.setattr(JournalDirectory, "rename", told_rename)
-    monkeypatch.setattr(JournalDirectory, "sync", told_sync)
+    calls = told_calls(monkeypatch)
     SpoolMark(spool, "ab" * 16).learn(1)
-    assert calls == [MARK, "sync"]
+    assert calls == ["write", "sync", f"rename to {MARK}", "sync names"]
 
 
 def test_what_a_process_left_that_died_while_it_wrote_is_removed(
@@ -103,14 +91,17 @@ def test_a_lost_mark_is_made_again_from_the_batches(
     for number in (4, 6, 5):
         writer.append([message()], mark=number)
     header = read_header(writer.files[writer.segment])
-    SpoolMark(spool, header.spool).learn(6)
+    SpoolMark(spool, header.spool).learn_from_journal()
     if lost:
         directory.unlink(MARK)
     else:
         with open(MARK, "wb", opener=lambda _, flags: os.open("journal/mark", flags, dir_fd=spool)):
             pass
     assert SpoolMark(spool, "cd" * 16).known == 0, "the batches of another spool do not count"
-    assert SpoolMark(spool, header.spool).known == 6
+    mark = SpoolMark(spool, header.spool)
+    assert mark.known == 6
+    assert (MARK in directory.names()) is not lost, "a command writes nothing"
+    mark.learn_from_journal(unsealed=True)
     assert content(directory) == b"6\n"
 
 
