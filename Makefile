@@ -25,7 +25,7 @@ MINUTES ?= 30
 # For `make fuzz`: how long each target runs.
 SECONDS ?= 60
 
-.PHONY: help setup run demo status test soak fuzz faults endure coverage lint fmt bench lock clean
+.PHONY: help setup run demo status test soak fuzz faults endure coverage lint fmt bench docs picture wheel lock clean
 
 help: ## list the targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -90,9 +90,22 @@ bench: ## measure messages per second on this machine
 	@scripts/setup dev
 	@exec $(BIN)/python -m bench
 
+docs: ## build docs/ as a site into build/docs; a dead link is an error
+	@scripts/setup dev
+	@$(BIN)/sphinx-build -q -W --keep-going -n -b html -d build/doctrees -c docs . build/docs
+	@echo "build/docs/index.html"
+
+picture: ## take the picture of the page for README (needs Chromium)
+	@scripts/setup dev
+	@$(BIN)/python -m tests.picture docs/page.png
+
+wheel: ## build the wheel into dist/
+	@scripts/setup dev
+	@scripts/wheel
+
 lock: ## update the lock files to newer dependencies (needs uv)
 	@scripts/lock
 
 clean: ## remove .venv and caches; mail in ./var stays
-	rm -rf .venv .fuzz .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache .coverage build dist *.egg-info
+	rm -rf .venv .python .fuzz .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache .coverage build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

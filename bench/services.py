@@ -27,7 +27,7 @@ from psycopg.sql import SQL, Identifier
 from sqlalchemy import make_url
 
 ROOT = Path(__file__).parent.parent
-RELAY = (sys.executable, "-m", "commands.cli.main")  # `qmqp-relay` of this source
+RELAY = (sys.executable, "-m", "commands.cli.start")  # `qmqp-relay` of this source
 _PR_SET_PDEATHSIG = 1
 _prctl = ctypes.CDLL(None).prctl
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import typer
 
+from commands.cli.usage import DescribedCommand
+
 DONE, NOTHING_MATCHED, WRONG_USE, OUT_OF_REACH = range(4)
 INTERRUPTED = 130
 
@@ -56,7 +58,7 @@ def command[**P](
                 status = known
             raise typer.Exit(status)
 
-        return app.command(name)(run)
+        return app.command(name, cls=DescribedCommand)(run)
 
     return add
 

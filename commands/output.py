@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from itertools import chain, islice
 
+from commands.terminal import BOLD, decorator, in_colour, takes_colours
 from relay.report.rows import Row
 
 type Columns = Mapping[str, Callable[[Row], str]]
@@ -210,11 +211,17 @@ def _table(rows: Iterator[Row], columns: Columns) -> int:
     below = indent + least > width
     cells = "".join(f"%-{widest[name]}s" for name in fixed)
     forms = [columns[name] for name in fixed]
-    count, lines = 0, [(cells % tuple(fixed) + last).rstrip()]
+    heading = (cells % tuple(fixed) + last).rstrip()
+    decorate = decorator(fixed, [widest[name] for name in fixed])
+    count, lines = 0, [in_colour(heading, BOLD) if takes_colours(sys.stdout) else heading]
     for count, row in enumerate(chain(first, rows), 1):
-        line = cells % tuple([of(row) for of in forms])
+        texts = [of(row) for of in forms]
+        line = cells % tuple(texts)
         if not line.isprintable():
-            line = cells % tuple([plain(of(row)) for of in forms])
+            texts = [plain(text) for text in texts]
+            line = cells % tuple(texts)
+        if decorate:
+            line = decorate(row, texts)
         text = plain(columns[last](row))
         if text and below:
             line = f"{line.rstrip()}\n{folded(text, 4, width)}"

@@ -422,7 +422,7 @@ notifications = Table(
     Column("tries", Integer, nullable=False, server_default="0", comment="tries that failed"),
     Column("claim", Id, comment="the claim of the worker that delivers it"),
     PrimaryKeyConstraint("queue_id", "subscription", "sequence"),
-    Index("notifications_due", "subscription", "due_at"),
+    Index("notifications_due", "subscription", "due_at", "sequence"),
     comment="events that a subscription has not got yet",
 )
 

@@ -245,6 +245,13 @@ Broker = Annotated[
         " redis+socket:///path; in a password / # ? @ : % are spelt %2F %23 %3F %40 %3A %25",
     ),
 ]
+WebAddress = Annotated[
+    str,
+    _checked(
+        lambda text: not text or re.fullmatch(r"https?://[!-~]+", text),
+        "{!r} is not the address of the page: write https://relay.example.org/",
+    ),
+]
 # A token of RFC 9110 (5.6.2), with the characters that proxies pass.
 HeaderName = Annotated[
     str,
@@ -303,6 +310,7 @@ class Settings(BaseSettings):
     log_addresses: Literal["full", "redacted"] = "full"
     metrics_listen: ListensOrOff = ()
     web_listen: Listens = (("127.0.0.1", 8025),)
+    web_url: WebAddress = ""
     web_session: Duration = 8 * 3600.0
     web_proxy_networks: ProxyNetworkTexts = ()
     web_user_header: HeaderName = ""

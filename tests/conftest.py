@@ -52,6 +52,7 @@ for _name in [
     name for name in os.environ if name.startswith("RELAY_") and not name.startswith("RELAY_TEST")
 ]:
     del os.environ[_name]
+os.environ["NO_COLOR"] = "1"  # a terminal that a test pretends to have is plain, unless it says so
 
 
 def _migrate(url: str) -> None:

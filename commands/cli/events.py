@@ -6,10 +6,12 @@ from typing import Annotated
 import typer
 
 from commands.cli.queue import Json, Reason, length
+from commands.cli.usage import GroupedCommands
 from commands.errors import command
 
 events = typer.Typer(
     name="events",
+    cls=GroupedCommands,
     help="Show what became of mail, as webhooks get it (docs/webhooks.md). Events are recorded"
     " while there is a webhook, or a plugin with an event hook.",
     invoke_without_command=True,
@@ -17,6 +19,7 @@ events = typer.Typer(
 )
 webhooks = typer.Typer(
     name="webhooks",
+    cls=GroupedCommands,
     help="List, test and enable the webhooks of RELAY_WEBHOOKS.",
     no_args_is_help=True,
     rich_markup_mode=None,

@@ -3,13 +3,10 @@ those for users in `commands.cli.users`, those for events in `commands.cli.event
 
 A command is a thin function: it reads its settings, calls the module that does the work, and
 returns an exit status. `commands.errors.command` turns errors into sentences. Heavy modules are
-imported inside the commands, so that `--help` and completion answer at once.
+imported inside the commands, so that `--help` and completion answer at once (`commands.cli.start`).
 """
 
-import asyncio
 import os
-import sys
-from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Annotated
 
@@ -17,11 +14,13 @@ import typer
 
 from commands.cli.events import events, webhooks
 from commands.cli.queue import Json, Yes, queue
+from commands.cli.usage import DescribedCommand, GroupedCommands
 from commands.cli.users import users
 from commands.errors import DONE, command
 
 main = typer.Typer(
     name="qmqp-relay",
+    cls=GroupedCommands,
     help="Accept mail over SMTP, store it durably, and deliver it to QMQP servers. Settings are the"
     " environment variables RELAY_*.",
     no_args_is_help=True,
@@ -31,8 +30,23 @@ main = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from relay.version import running_version
+
+        typer.echo(f"qmqp-relay {running_version()}")
+        raise typer.Exit
+
+
 @main.callback()
-def private_files() -> None:
+def private_files(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version, and exit."
+        ),
+    ] = False,
+) -> None:
     # Libraries create files too, for example the database, and STATE_DIR may have any mode. The
     # files hold envelopes, bodies and replies, which other users must not read. Child processes
     # inherit the mask.
@@ -107,6 +121,8 @@ def sink(
 ) -> int:
     """Run a QMQP server for tests. The recipient's address decides whether it accepts, defers,
     rejects or breaks off."""
+    import asyncio
+
     from qmqp.sink import PRESETS, Answer, MagicRecipients, Rule, Sink
     from relay.routes import parse_server
 
@@ -131,7 +147,7 @@ def sink(
     return DONE
 
 
-@main.command()
+@main.command(cls=DescribedCommand)
 def demo() -> None:
     """Send messages through a temporary relay. Prints their states, and whether they are as
     expected."""
@@ -236,21 +252,5 @@ main.add_typer(events)
 main.add_typer(webhooks)
 
 
-def program() -> None:
-    """The program `qmqp-relay`. smtpd and workers run without docstrings (`-OO`), which are a fifth
-    of their memory: most are SQLAlchemy's."""
-    if sys.argv[1:] in (["smtpd"], ["worker"]) and not sys.flags.optimize and _has_bytecode():
-        os.execv(sys.executable, [sys.orig_argv[0], "-OO", *sys.orig_argv[1:]])  # noqa: S606  (it is this program)
-    main(prog_name="qmqp-relay")
-
-
-def _has_bytecode() -> bool:
-    """Whether Python finds bytecode without docstrings, or can keep it. Else every start would
-    compile all modules, which takes some seconds."""
-    kept = Path(cache_from_source(__file__, optimization=2))
-    can_keep = not sys.dont_write_bytecode and os.access(kept.parent, os.W_OK)
-    return can_keep or os.access(kept, os.R_OK)
-
-
 if __name__ == "__main__":
-    program()
+    main(prog_name="qmqp-relay")

@@ -10,10 +10,12 @@ from typing import Annotated
 import typer
 
 from commands.cli.queue import Json, Reason
+from commands.cli.usage import GroupedCommands
 from commands.errors import command
 
 users = typer.Typer(
     name="user",
+    cls=GroupedCommands,
     help="Add, change and list users. They log in to send mail by SMTP, or to the page.",
     no_args_is_help=True,
     rich_markup_mode=None,

@@ -30,6 +30,7 @@ from qmqp.probe import probe
 from reception.policy import Policy, qmqp_networks
 from relay.db import engine as database
 from relay.db import schema
+from relay.events.webhooks import SecretError, load_webhooks, read_secrets
 from relay.hints import QUEUES
 from relay.log import escaped, first_line
 from relay.queue.uncommitted import journal_lag
@@ -86,6 +87,7 @@ def check_all() -> Iterator[CheckResult]:
     yield CheckResult("settings", "ok", f"RELAY_STATE_DIR = {settings.state_dir}")
     yield from _database(settings)
     yield from _file_modes(settings)
+    yield from check_webhooks(settings)
     yield from check_certificate(smtpd)
     yield from check_plugins(smtpd)
     yield _broker(settings)
@@ -204,6 +206,19 @@ def _file_modes(settings: Settings) -> Iterator[CheckResult]:
         )
     elif directory.is_dir():
         yield CheckResult("files", "ok", "other users have no access")
+
+
+def check_webhooks(settings: Settings) -> Iterator[CheckResult]:
+    """Whether the secrets of each webhook can be read."""
+    for webhook in load_webhooks(settings):
+        what = f"webhook {webhook.name}"
+        try:
+            secrets = read_secrets(webhook.secret_file)
+        except SecretError as error:
+            yield CheckResult(what, "fail", str(error))
+        else:
+            found = "1 secret" if len(secrets) == 1 else f"{len(secrets)} secrets"
+            yield CheckResult(what, "ok", f"{found}; `webhooks test {webhook.name}` posts an event")
 
 
 def check_certificate(settings: SmtpdSettings) -> Iterator[CheckResult]:

@@ -76,7 +76,7 @@ def upgrade() -> None:
     brin = "USING brin " if postgresql else ""
     connection.exec_driver_sql(f"CREATE INDEX events_at ON events {brin}(at)")
     connection.exec_driver_sql(
-        "CREATE INDEX notifications_due ON notifications (subscription, due_at)"
+        "CREATE INDEX notifications_due ON notifications (subscription, due_at, sequence)"
     )
     if (
         postgresql

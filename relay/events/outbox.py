@@ -26,9 +26,8 @@ from relay.ids import dashed, new_id
 from relay.report.queries import as_rows
 
 CLAIM_SECONDS = 120.0  # more than any delivery of an event takes
-SCANNED = (
-    64  # due notifications that a claim looks at; those that wait for an older one are put off
-)
+# Due notifications that a claim looks at; those that wait for an older one are put off.
+SCANNED = 32
 CHUNK = 500  # events that one transaction replays
 
 

@@ -26,7 +26,7 @@ from relay.settings import Settings, SettingsError
 PREFIX = "whsec_"
 MIN_SECRET, MAX_SECRET = 24, 64  # bytes, as the specification has them
 MAX_SECRETS = 5
-_KEYS = ("name", "url", "secret_file", "types", "routes", "insecure")
+KEYS = ("name", "url", "secret_file", "types", "routes", "insecure")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _HOW_TO_WRITE = 'write lines such as `echo "whsec_$(openssl rand -base64 32)"` prints'
 
@@ -94,8 +94,8 @@ def parse_webhooks(text: str, directory: Path) -> tuple[Webhook, ...]:
 
 
 def _webhook(table: Mapping[str, Any], directory: Path) -> Webhook:
-    for key in table.keys() - set(_KEYS):
-        raise ValueError(f"{key}: no such key; there are {', '.join(_KEYS)}")
+    for key in table.keys() - set(KEYS):
+        raise ValueError(f"{key}: no such key; there are {', '.join(KEYS)}")
     insecure = table.get("insecure", False)
     if not isinstance(insecure, bool):
         raise ValueError("insecure: write true or false")

@@ -4,7 +4,8 @@ id, and the events of a message arrive in their order.
 Clients send all the time, and a server replies after a moment, so that a killed worker leaves
 transfers of every phase. The webhook of the test takes a moment too, so that a kill also hits
 events that are claimed, posted, and not recorded. In the end the table of events is compared with
-what became of mail, and what the receiver got with the table.
+what became of mail, and what the receiver got with the table. A receiver that never replies costs
+mail nothing.
 """
 
 import os
@@ -21,6 +22,7 @@ from relay.db.engine import writing
 from tests.acceptance.installation import Feeder, Install, Installation
 from tests.integration.webhook_receiver import OK, WebhookReceiver, running_receiver
 from tests.waiting import until
+from worker.notifier import CONCURRENCY
 
 SETTINGS = {
     "LEASE": "2s",
@@ -66,6 +68,33 @@ def test_no_event_is_lost_or_reordered_by_kills(
         until(lambda: not relay.count("d.state <> 'delivered'"), 60, what=relay.unfinished)
         until(lambda: not pending(relay), 60, what=relay.log_text)
         assert {one for one in feeder.accepted if not relay.to(one)} == set()
+    compare(relay, receiver)
+
+
+def test_receiver_that_never_replies_delays_no_mail(install: Install, tmp_path: Path) -> None:
+    go_on = threading.Event()
+    with (
+        running_receiver(answer=lambda _id, _data: (go_on.wait(60), (200, OK))[1]) as receiver,
+        running_sink() as sink,
+    ):
+        relay = install(
+            "sqlite",
+            QMQP_SERVERS=f"127.0.0.1:{sink.port}",
+            WEBHOOKS=str(receiver.write_file(tmp_path)),
+            **SETTINGS,
+        )
+        relay.worker()
+        relay.smtpd()
+        with Feeder(relay.port) as feeder:
+            feeder.until_accepted(200)
+        until(lambda: not relay.count("d.state <> 'delivered'"), 15, what=relay.unfinished)
+        assert receiver.received == []
+        waiting = "SELECT count(*), count(claim) FROM notifications"
+        ((count, claimed),) = relay.rows(waiting)
+        assert count == 2 * relay.count(), "accepted and delivered"
+        assert claimed <= CONCURRENCY, "so many are in memory"
+        go_on.set()
+        until(lambda: not relay.rows("SELECT 1 FROM notifications"), 60, what=relay.log_text)
     compare(relay, receiver)
 
 

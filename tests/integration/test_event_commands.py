@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from commands.ops.check import check_webhooks
 from relay.events.model import EventType, NewSubscription
 from relay.events.subscriptions import Subscriptions
 from relay.metrics import QueueMetrics
 from relay.queue.outcome import Outcome
+from relay.settings import Settings, load
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness
 from tests.integration.typed import Typed, lines, typed_at
-from tests.integration.webhook_receiver import OK, running_receiver
+from tests.integration.webhook_receiver import OK, WebhookReceiver, running_receiver
 from tests.waiting import until
 
 
@@ -128,6 +130,18 @@ def test_webhook_is_tested_with_a_signed_event(
         )
         unregistered = typed("webhooks", "list", status=1).stderr
     assert "no worker has registered billing yet" in unregistered
+
+
+def test_check_reads_the_secrets_of_webhooks(tmp_path: Path) -> None:
+    file = WebhookReceiver(port=1).write_file(tmp_path)
+    settings = load(Settings, webhooks=file)
+    (result,) = check_webhooks(settings)
+    assert (result.what, result.verdict) == ("webhook billing", "ok")
+    (tmp_path / "webhook.secret").unlink()
+    (result,) = check_webhooks(settings)
+    assert result.verdict == "fail"
+    assert "No such file" in result.words
+    assert "openssl rand" in result.words
 
 
 def test_late_events_are_a_problem_with_the_next_command(heard: QueueHarness, typed: Typed) -> None:

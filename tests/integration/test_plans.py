@@ -17,6 +17,9 @@ from sqlalchemy import Connection, event
 
 from relay import metrics
 from relay.dsn.generator import DsnGenerator
+from relay.events.model import NewSubscription
+from relay.events.outbox import FinishedEvent, Outbox, Report
+from relay.events.subscriptions import Subscriptions
 from relay.queue.outcome import Outcome
 from relay.queue.rescue import Rescuer
 from relay.spool.store import Spool
@@ -152,6 +155,25 @@ def test_a_poll_of_a_route_with_much_mail_reads_only_what_it_may_claim(
         for _ in range(2):  # a claim itself touches some 20 pages
             assert len(crowded.claim(capacity={"dead": 5})) == 5
     assert not (found := scans(crowded, statements)), "\n".join(found)
+
+
+def test_claim_of_events_reads_only_what_it_looks_at(queue: QueueHarness) -> None:
+    """Beside messages whose older events wait for a receiver that is down."""
+    Subscriptions(queue.database).register([NewSubscription("down"), NewSubscription("idle")])
+    queue.insert([new_message() for _ in range(WAITING)])
+    queue.change(
+        """INSERT INTO notifications (queue_id, subscription, sequence, queued_at, due_at)
+        SELECT queue_id, subscription, sequence + 100000, queued_at, due_at FROM notifications"""
+    )
+    queue.change("DELETE FROM notifications WHERE subscription = 'idle'")
+    queue.change("ANALYZE")
+    outbox = Outbox(queue.database)
+    with server_reply(queue) as statements:
+        claimed, _ = outbox.claim("down", 4)
+        assert len(claimed) == 4
+        outbox.finish("down", [FinishedEvent(one, Report.DONE) for one in claimed])
+        assert outbox.claim("idle", 16) == ([], False)
+    assert not (found := scans(queue, statements)), "\n".join(found)
 
 
 def test_an_idle_sweep_scans_nothing(crowded: QueueHarness, tmp_path: Path) -> None:

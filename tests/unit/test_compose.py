@@ -250,6 +250,19 @@ def test_the_image_is_made_of_every_package_of_the_wheel() -> None:
     assert [name for name in packages if f"!{name}" not in ignored] == []
 
 
+def test_the_example_of_an_override_mounts_routes_into_smtpd_and_workers() -> None:
+    text = (ROOT / "docker-compose.override.example.yml").read_text()
+    lines = [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
+    override = fields("\n".join(lines))
+    assert set(fields(override["services"])) == {"smtpd", "worker"}
+    mounted = fields(override["x-config"])
+    assert re.search(r"- \./config:/etc/qmqp-relay:ro$", mounted["volumes"])
+    assert set(re.findall(r"\bRELAY_[A-Z_]+", text)) <= names()
+    # The entrypoint of docker-compose.yml would write to the routes file.
+    assert "RELAY_ROUTES" in SERVICES["worker"]["entrypoint"]
+    assert fields(fields(override["services"])["worker"])["entrypoint"] == "[qmqp-relay]"
+
+
 def test_the_override_of_the_page_names_what_compose_has():
     text = (ROOT / "docker-compose.page.yml").read_text()
     code = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))

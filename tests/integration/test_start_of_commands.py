@@ -1,0 +1,80 @@
+"""A short command imports little and ends at once."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.acceptance.stack import command, relay_environ
+from tests.integration.harness import QueueHarness
+
+# What a list needs not. Each costs tens of milliseconds.
+SLOW = (
+    "alembic",
+    "argon2",
+    "celery",
+    "cryptography",
+    "jinja2",
+    "kombu",
+    "prometheus_client",
+    "redis",
+    "rich",
+    "starlette",
+    "structlog",
+    "uvicorn",
+    "uvloop",
+)
+PROGRAM = """
+import json, os, sys
+sys.argv[1:] = ["list", "--json"]
+def exit_(status):
+    print(json.dumps([status, *sys.modules]), file=sys.stderr)
+    raise SystemExit
+os._exit = exit_
+from commands.cli.start import main
+main()
+"""
+
+
+def test_a_list_imports_no_module_that_it_does_not_need(queue: QueueHarness) -> None:
+    queue.accept("x@example.org")
+    url = queue.database.url.render_as_string(hide_password=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=relay_environ(DATABASE_URL=url),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    status, *modules = json.loads(done.stderr)
+    assert status == 0, done.stderr
+    assert json.loads(done.stdout)["recipient"] == "x@example.org"
+    assert not set(SLOW) & set(modules)
+    assert len(modules) < 700
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["list", "--json"], 1, "the queue is empty"),
+        (["--version"], 0, ""),
+        (["list", "--state", "lost"], 2, "no state lost"),
+        (["--help"], 0, ""),
+    ],
+)
+def test_a_command_ends_with_its_status_and_all_of_its_output(
+    sqlite_url: str, arguments: list[str], status: int, said: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "commands.cli.start", *arguments],
+        env=relay_environ(DATABASE_URL=sqlite_url),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert said in done.stderr
+    assert done.stdout == command(*arguments, DATABASE_URL=sqlite_url).stdout
