@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pluggy
 
@@ -33,6 +34,9 @@ from relay.settings import Settings, SettingsError
 log = get_logger(__name__)
 BUNDLED = "plugins.bundled"
 GROUP = "qmqp_relay"
+LIMITS = {"timeout": "HOOK_TIMEOUT", "message_timeout": "MESSAGE_HOOK_TIMEOUT"}
+"""The time limits of a plugin, and the names of the numbers (seconds) by which its module sets
+other defaults."""
 HOOKS = ("register", *hooks.QUESTIONS, *hooks.NOTICES, *hooks.IN_WORKER)
 _OURS = {__file__, registration.__file__}
 
@@ -53,6 +57,7 @@ def load(settings: Settings) -> Plugins | None:
     manager.add_hookspecs(hooks)
     names = _names(entries)
     modules = [_module(entry, installed) for entry in entries]
+    entries = [_with_limits(*each) for each in zip(entries, modules, strict=True)]
     # pluggy calls the plugin first that was registered last.
     for name, entry, module in reversed([*zip(names, entries, modules, strict=True)]):
         _check_hooks(manager, name, entry, module)
@@ -152,6 +157,16 @@ def _entry_point(point: EntryPoint) -> object:
 
 
 # Hooks
+
+
+def _with_limits(entry: PluginEntry, module: object) -> PluginEntry:
+    """The entry with the time limits of its module where RELAY_PLUGINS sets none."""
+    for limit, name in LIMITS.items():
+        seconds = getattr(module, name, None)
+        if isinstance(seconds, int | float) and limit not in entry.own_limits:
+            limits: Any = {limit: float(seconds)}
+            entry = entry._replace(**limits)
+    return entry
 
 
 def _check_hooks(

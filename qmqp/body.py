@@ -1,4 +1,5 @@
-"""The message of a request: its octets, or a file that is read block by block into one buffer.
+"""The message of a request: its octets, a file that is read block by block into one buffer, or a
+function that returns the blocks.
 
 Memory stays flat for a file of any size: there is one block. The event loop itself reads what lies
 in the page cache, as a file that was just written does. Everything else would block the loop, so a
@@ -13,6 +14,7 @@ a wrong length as another message, or as none, and would accept damaged octets.
 import errno
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from qmqp.connection import describe
@@ -48,6 +50,50 @@ class BodyFile:
 
 
 type Body = bytes | BodyFile
+
+
+@dataclass(frozen=True, slots=True)
+class BodyStream:
+    """A body of `size` octets that a function returns: `read(size, offset)` is at most `size`
+    octets from `offset` on, and nothing only at the end. It may block: a thread calls it."""
+
+    size: int
+    read: Callable[[int, int], bytes]
+
+
+class BodyStreamReader:
+    """Reads a stream as `BodyReader` reads a file. Nothing of it is read without waiting."""
+
+    __slots__ = ("_block_size", "_offset", "_stream", "whole")
+
+    def __init__(self, stream: BodyStream, block_size: int) -> None:
+        self._stream = stream
+        self._block_size = block_size
+        self._offset = 0
+        self.whole = False
+
+    def cached(self) -> None:
+        """No block: `read` waits for each."""
+
+    def read(self) -> memoryview:
+        """The next block. Blocks: for a thread. Raises BodyFault, BodyChanged."""
+        size = min(self._block_size, self._stream.size - self._offset)
+        block = b""
+        try:
+            while len(block) < size and (
+                piece := self._stream.read(size - len(block), self._offset + len(block))
+            ):
+                block += piece
+        except OSError as error:
+            raise BodyFault(error.errno, f"the body cannot be read: {describe(error)}") from error
+        self._offset += len(block)
+        if len(block) != size:
+            raise BodyChanged(
+                errno.EIO,
+                f"the body has {self._offset} bytes where {self._stream.size} were announced",
+            )
+        self.whole = self._offset == self._stream.size
+        return memoryview(block)
 
 
 class BodyReader:

@@ -36,7 +36,16 @@ from time import monotonic
 from typing import NamedTuple
 
 from qmqp import LONGEST_SESSION, PORT
-from qmqp.body import Body, BodyChanged, BodyDamaged, BodyFault, BodyFile, BodyReader
+from qmqp.body import (
+    Body,
+    BodyChanged,
+    BodyDamaged,
+    BodyFault,
+    BodyFile,
+    BodyReader,
+    BodyStream,
+    BodyStreamReader,
+)
 from qmqp.connection import Stopped, Unreachable, Wakeup, connect, describe
 from qmqp.reply import KEPT_TEXT, MalformedReply, Reply, ReplyParser
 from qmqp.request import Request
@@ -48,6 +57,7 @@ __all__ = [
     "BodyDamaged",
     "BodyFault",
     "BodyFile",
+    "BodyStream",
     "ClientConnection",
     "Result",
     "SendOutcome",
@@ -141,7 +151,8 @@ class ReplyLost(Exception):
 @dataclass(eq=False, kw_only=True)
 class ClientConnection:
     """One connection that sends `request` with `body` to `host` and `port` or to the Unix socket
-    `path`; a file in blocks of `block_size` bytes. The body has the size that the request says.
+    `path`; a file or a stream in blocks of `block_size` bytes. The body has the size that the
+    request says.
 
     `may_commit` is called immediately before a write that holds the last byte; False ends the
     transfer. `hold_back`: the last byte leaves no sooner than so many seconds after the connection
@@ -149,7 +160,7 @@ class ClientConnection:
     """
 
     request: Request
-    body: Body
+    body: Body | BodyStream
     host: str | None = None
     port: int = PORT
     path: str | None = None
@@ -220,6 +231,8 @@ class ClientConnection:
         parts: list[bytes | memoryview] = [self.request.head]
         if isinstance(self.body, BodyFile):
             await self._write_blocks(BodyReader(self.body, self.block_size), parts)
+        elif isinstance(self.body, BodyStream):
+            await self._write_blocks(BodyStreamReader(self.body, self.block_size), parts)
         else:
             parts.append(self.body)
         parts.append(self.request.tail)
@@ -229,7 +242,9 @@ class ClientConnection:
             self._readable = True
         await self._push(parts, last=True)
 
-    async def _write_blocks(self, body: BodyReader, parts: list[bytes | memoryview]) -> None:
+    async def _write_blocks(
+        self, body: BodyReader | BodyStreamReader, parts: list[bytes | memoryview]
+    ) -> None:
         """Write the parts and the body, but for its last block, which is then what `parts` has."""
         while True:
             view = body.cached()
@@ -248,7 +263,7 @@ class ClientConnection:
         while not await self._wait(end):
             self._look_for_reply()
 
-    async def _read_block(self, body: BodyReader) -> memoryview:
+    async def _read_block(self, body: BodyReader | BodyStreamReader) -> memoryview:
         """The next block, read by a thread."""
         reading = asyncio.get_running_loop().run_in_executor(None, body.read)
         reading.add_done_callback(self._wakeup.notify)

@@ -19,7 +19,7 @@ from qmqp_relay.answers import DECLINED, OK, Answer, Deny, DenySoft
 from qmqp_relay.content import MessageContent
 from qmqp_relay.events import Event
 from qmqp_relay.hooks import hookimpl
-from qmqp_relay.registration import PluginArguments, Relay
+from qmqp_relay.registration import PluginArgumentError, PluginArguments, PluginLog, Relay
 from qmqp_relay.session import Address, RewritableAddress, Session, Transaction
 
 __all__ = [
@@ -31,7 +31,9 @@ __all__ = [
     "DenySoft",
     "Event",
     "MessageContent",
+    "PluginArgumentError",
     "PluginArguments",
+    "PluginLog",
     "Relay",
     "RewritableAddress",
     "Session",

@@ -134,6 +134,13 @@ class _LineWriter:
     debug = info = warning = error = critical = exception = msg
 
 
+def log_to_stderr() -> None:
+    """Keep what plugins log out of the output of a command that loads them."""
+    import structlog
+
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+
+
 def configure(settings: Settings) -> None:
     """Set up this process' logs by LOG_LEVEL, LOG_FORMAT and LOG_ADDRESSES."""
     import structlog

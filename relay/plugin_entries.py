@@ -3,8 +3,8 @@
 An entry is the plugin's name and its arguments, quoted as in a shell:
 `./plugins/greylist.py delay=5m fail=open`. Entries stand on lines of their own, or between
 semicolons; a line that begins with `#` is a comment. The relay itself takes three arguments:
-`timeout=` for all hooks but `message` and `queue`, `message_timeout=` for these two, and
-`fail=open`, which lets mail pass when the plugin fails.
+`timeout=` for all hooks but `message` and `queue`, `message_timeout=` for these two (a plugin may
+have other defaults for both), and `fail=open`, which lets mail pass when the plugin fails.
 """
 
 import re
@@ -30,6 +30,8 @@ class PluginEntry(NamedTuple):
     timeout: float = TIMEOUT
     message_timeout: float = MESSAGE_TIMEOUT
     fail_open: bool = False
+    own_limits: frozenset[str] = frozenset()
+    """The names of the time limits that the entry sets itself."""
 
 
 def parse_plugins(text: str, seconds: Callable[[str], float]) -> tuple[PluginEntry, ...]:
@@ -59,6 +61,7 @@ def _entry(name: str, arguments: list[str], seconds: Callable[[str], float]) -> 
             raise ValueError(f"{name}: {match[1]}= is given twice")
         else:
             options[match[1]] = match[2]
+    limits = {"timeout", "message_timeout"} & options.keys()
     return PluginEntry(
         name,
         tuple(words),
@@ -66,6 +69,7 @@ def _entry(name: str, arguments: list[str], seconds: Callable[[str], float]) -> 
         message_timeout=_limit(
             name, "message_timeout", options.pop("message_timeout", None), MESSAGE_TIMEOUT, seconds
         ),
+        own_limits=frozenset(limits),
         fail_open=_fail_open(name, options.pop("fail", "closed")),
         options=tuple(options.items()),
     )

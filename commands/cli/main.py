@@ -161,7 +161,9 @@ def check(json_lines: Json = False) -> int:
     """Check whether the relay can work here. Checks settings, database, spool, broker and QMQP
     servers."""
     from commands.ops.check import run
+    from relay.log import log_to_stderr
 
+    log_to_stderr()
     return run(json_lines=json_lines)
 
 
@@ -169,7 +171,9 @@ def check(json_lines: Json = False) -> int:
 def plugins(json_lines: Json = False) -> int:
     """Show the plugins: order, hooks, arguments and time limits. Loads them as smtpd does."""
     from commands.ops.plugins import show_plugins
+    from relay.log import log_to_stderr
 
+    log_to_stderr()
     return show_plugins(json_lines=json_lines)
 
 

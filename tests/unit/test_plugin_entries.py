@@ -42,7 +42,9 @@ def test_quotes_keep_blanks_and_semicolons(text: str, words: tuple[str, ...]):
 
 def test_the_arguments_of_the_relay_are_taken_out():
     (entry,) = parsed("a timeout=2s x message_timeout=1m fail=open y=z")
-    assert entry == PluginEntry("a", ("x",), (("y", "z"),), 2.0, 60.0, fail_open=True)
+    limits = frozenset({"timeout", "message_timeout"})
+    expected = PluginEntry("a", ("x",), (("y", "z"),), 2.0, 60.0, fail_open=True, own_limits=limits)
+    assert entry == expected
 
 
 @pytest.mark.parametrize(
