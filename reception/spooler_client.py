@@ -234,11 +234,14 @@ def launcher(settings: SmtpdSettings, spool: Spool) -> Launch:
         filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")))
     )
 
+    without_docstrings = ["-OO"] if sys.flags.optimize else []  # as smtpd itself runs
+
     async def launch(channel: socket.socket) -> object:
         with channel:
             handles = (channel.fileno(), spool.handle)
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "reception.spooler", *map(str, handles)),
+                *(sys.executable, *without_docstrings, "-P", "-m", "reception.spooler"),
+                *map(str, handles),
                 stdin=subprocess.PIPE,
                 pass_fds=handles,
                 env=os.environ | {"PYTHONPATH": path},

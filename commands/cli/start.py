@@ -2,12 +2,15 @@
 
 Half of the time of a short command is Python's own: to import modules, to search them for garbage
 meanwhile, and to take them apart at the end. A short command does the last two hardly at all. The
-services (SERVICES) start and end as every program does.
+services (SERVICES) start and end as every program does; smtpd and workers run without docstrings
+(`-OO`), which are a fifth of their memory, because most are SQLAlchemy's.
 """
 
 import gc
 import os
 import sys
+from importlib.util import cache_from_source
+from pathlib import Path
 
 SERVICES = frozenset(("up", "smtpd", "worker", "web", "sink", "demo", "migrate"))
 # Objects that are created before the garbage collector looks at them; the default is 2,000. A
@@ -21,7 +24,18 @@ def main() -> None:
     if SERVICES.isdisjoint(sys.argv[1:2]):
         gc.set_threshold(THRESHOLD)
         _end(_status())
+    if sys.argv[1:] in (["smtpd"], ["worker"]) and not sys.flags.optimize and _has_bytecode():
+        program = [sys.orig_argv[0], "-OO", *sys.orig_argv[1:]]
+        os.execv(sys.executable, program)  # noqa: S606  (it is this program)
     _run()
+
+
+def _has_bytecode() -> bool:
+    """Whether Python finds bytecode without docstrings, or can keep it. Else every start would
+    compile all modules, which takes some seconds."""
+    kept = Path(cache_from_source(__file__, optimization=2))
+    can_keep = not sys.dont_write_bytecode and os.access(kept.parent, os.W_OK)
+    return can_keep or os.access(kept, os.R_OK)
 
 
 def _run() -> None:

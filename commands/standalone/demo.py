@@ -71,7 +71,7 @@ def run() -> int:
         }
         with log.open("wb") as output:
             up = subprocess.Popen(
-                [sys.executable, "-P", "-m", "commands.cli.main", "up", "--demo"],
+                [sys.executable, "-P", "-m", "commands.cli.start", "up", "--demo"],
                 env=environ,
                 stdout=output,
                 stderr=output,

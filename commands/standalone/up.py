@@ -145,7 +145,7 @@ class Stack:
     def _child(
         self, name: str, *options: str, stop_timeout: float, program: list[str] | None = None
     ) -> Child:
-        command = program or [sys.executable, "-P", "-m", "commands.cli.main", name, *options]
+        command = program or [sys.executable, "-P", "-m", "commands.cli.start", name, *options]
         child = self.children[name] = Child(name, command, self.environ, stop_timeout)
         return child
 
