@@ -87,19 +87,33 @@ def connect(
             pool_use_lifo=True,
             connect_args={"connect_timeout": 5, "tcp_user_timeout": 10_000, "keepalives_idle": 30},
         )
-        event.listen(engine, "connect", partial(_prepare_postgresql, timeout))
+        prepare_connections(engine, partial(_prepare_postgresql, timeout))
         if hot:
-            event.listen(engine, "connect", _prepare_hot)
+            prepare_connections(engine, _prepare_hot)
         return engine
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
         raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old: 3.38 or newer is needed")
     engine = sqlalchemy.create_engine(
         parsed, pool_size=pool, max_overflow=2, connect_args={"timeout": 10}
     )
-    event.listen(engine, "connect", _prepare_sqlite)
+    prepare_connections(engine, _prepare_sqlite)
     event.listen(engine, "checkout", _check_file)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def prepare_connections(engine: Engine, prepare: Callable[[Any, Any], object]) -> None:
+    """Call a function with each new connection of an engine, and its record in the pool. If it
+    raises, the connection is closed; the pool does not know it yet."""
+
+    def connected(connection: Any, record: Any) -> None:
+        try:
+            prepare(connection, record)
+        except BaseException:
+            connection.close()
+            raise
+
+    event.listen(engine, "connect", connected)
 
 
 def _prepare_postgresql(timeout: float, connection: Any, _record: Any) -> None:

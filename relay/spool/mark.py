@@ -18,9 +18,9 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine
 
-from relay.db.engine import OlderDatabase, writing
+from relay.db.engine import OlderDatabase, prepare_connections, writing
 from relay.db.sql import Queries
 from relay.ids import new_id
 from relay.log import get_logger
@@ -45,7 +45,7 @@ class SpoolMark:
 
     def guard(self, engine: Engine) -> None:
         """Refuse new connections of this engine to an older database (OlderDatabase)."""
-        event.listen(engine, "connect", self._check)
+        prepare_connections(engine, self._check)
 
     def advance(self, engine: Engine) -> int:
         """Raise the mark by one; the new value. Raises the database's errors, and OlderDatabase if
@@ -90,7 +90,6 @@ class SpoolMark:
         with suppress(AttributeError):  # sqlite3 has begun no transaction
             connection.commit()
         if row is not None and row[0] != self._identity:
-            connection.close()  # the pool does not know it yet
             log.critical("database of another spool", spool=self._identity, known=row[0])
             raise OlderDatabase(
                 f"the database knows the spool {row[0]}, and this one is {self._identity}:"
@@ -98,7 +97,6 @@ class SpoolMark:
             )
         mark = row[1] if row is not None else 0  # without the row it is a new database
         if mark < known:
-            connection.close()
             log.critical("database older than the spool", mark=mark, known=known)
             raise OlderDatabase(
                 "the database is older than the spool: it is new, or was restored from a backup."

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import sqlalchemy
 from sqlalchemy import Engine, text
@@ -253,6 +254,23 @@ def test_start_within_an_outage_waits_for_its_end(postgres: Postgres, postgres_u
 
 def test_databases_of_the_tests_are_durable(engine: Engine) -> None:
     assert check_durable(engine) == []
+
+
+def test_a_connection_that_is_not_prepared_is_closed(database_url: str) -> None:
+    engine = database.connect(database_url)
+    refused = list[Any]()
+
+    def refuse(connection: Any, _record: object) -> None:
+        refused.append(connection)
+        raise OSError("refused")
+
+    database.prepare_connections(engine, refuse)
+    with pytest.raises(OSError, match="refused"):
+        engine.connect()
+    (connection,) = refused
+    with pytest.raises((psycopg.OperationalError, sqlite3.ProgrammingError), match="closed"):
+        connection.execute("SELECT 1")
+    engine.dispose()
 
 
 def test_a_database_that_is_not_durable_is_refused(postgres: Postgres, sqlite_url: str) -> None:
