@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from plugins.threads import HookThreads
 from qmqp_relay.answers import OK, Answer, Deny, DenySoft, as_answer
 from qmqp_relay.registration import Relay
+from qmqp_relay.session import Transaction
 from relay import metrics
 from relay.log import get_logger
 from relay.plugin_entries import PluginEntry
@@ -98,8 +99,12 @@ class Plugins:
 
     async def ask(self, hook: str, **arguments: Any) -> Verdict | None:
         """Asks the plugins in order; the first answer, or None."""
+        transaction: Transaction | None = arguments.get("transaction")
         for function in self.functions(hook):
+            reason = transaction and transaction.hold_reason
             answer = await self._run(function, arguments)
+            if transaction is not None and transaction.hold_reason != reason:
+                transaction.held_by = function.plugin
             if answer is not None:
                 return Verdict(answer, function.plugin)
         return None

@@ -100,6 +100,8 @@ class Transaction:
         self.queue_id: str | None = None
         """The id in the reply and in the log; None before the content has come."""
         self.hold_reason: str | None = None
+        self.held_by: str | None = None
+        """The plugin that has held the message."""
         self.discarded = False
         self._recipients = recipients
         self._routes = routes
@@ -172,9 +174,10 @@ class Transaction:
         self._route = name
 
     def hold(self, reason: str) -> None:
-        """Has the message stored and not sent, until an operator releases it."""
+        """Has the message stored and not sent, until an operator releases it. The operator sees the
+        reason behind the name of the plugin."""
         text = "".join(c if c.isprintable() else "?" for c in reason[:LONGEST_REASON])
-        self.hold_reason = text or "held by a plugin"
+        self.hold_reason = text or "no reason given"
 
     def discard(self) -> None:
         """Has the client hear 250, and the message be dropped: it is not stored, and only the log

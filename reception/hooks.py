@@ -130,7 +130,7 @@ class ConnectionHooks:
             log.info("discarded", id=queue_id, client=self.session.client_address)
             reply = f"250 2.0.0 Ok: queued as {queue_id}"
         return Decision(
-            reply, transaction.prefix.decode(), transaction.route, transaction.hold_reason
+            reply, transaction.prefix.decode(), transaction.route, _hold_reason(transaction)
         )
 
     async def _asked(self, hook: str, transaction: Transaction) -> Verdict | None:
@@ -229,3 +229,9 @@ class ConnectionHooks:
                 client=self.session.client_address,
                 reply=verdict.answer.reply,
             )
+
+
+def _hold_reason(transaction: Transaction) -> str | None:
+    """Why the message is held, as the operator sees it."""
+    reason = transaction.hold_reason
+    return None if reason is None else f"held by plugin {transaction.held_by}: {reason}"

@@ -9,6 +9,7 @@ cannot be written (a full disk, a closed pipe) stops no mail.
 
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterable, MutableMapping
@@ -92,6 +93,15 @@ def named(addresses: Iterable[str]) -> list[str]:
     return list(islice(addresses, MOST_NAMED))
 
 
+def _as_postfix_does(
+    _logger: Any, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """Write the recipients as `to=<a@example.org>,<b@example.org>`, for people with `grep`."""
+    if isinstance(to := event.get("to"), list):
+        event["to"] = ",".join(f"<{repr(address)[1:-1]}>" for address in to)
+    return event
+
+
 def _redacted(address: str) -> str:
     return "...@" + address.rpartition("@")[2]
 
@@ -145,19 +155,24 @@ def configure(settings: Settings) -> None:
     """Set up this process' logs by LOG_LEVEL, LOG_FORMAT and LOG_ADDRESSES."""
     import structlog
 
-    terminal = settings.log_format == "console" or (
-        settings.log_format == "auto" and sys.stderr.isatty()
-    )
+    is_tty = sys.stderr.isatty()
+    for_people = settings.log_format == "console" or (settings.log_format == "auto" and is_tty)
     before: list[Any] = [redact_addresses] if settings.log_addresses == "redacted" else []
     before += (
         [
             structlog.stdlib.add_log_level,
-            structlog.processors.TimeStamper(fmt="%H:%M:%SZ", utc=True),
+            structlog.processors.TimeStamper(
+                fmt="%H:%M:%SZ" if is_tty else "%Y-%m-%d %H:%M:%SZ", utc=True
+            ),
+            _as_postfix_does,
         ]
-        if terminal
+        if for_people
         else [_stamp]
     )
-    last: Any = structlog.dev.ConsoleRenderer(pad_event_to=12) if terminal else _json
+    colours = is_tty and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    last: Any = (
+        structlog.dev.ConsoleRenderer(colors=colours, pad_event_to=12) if for_people else _json
+    )
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     structlog.configure(
         processors=[*before, last],

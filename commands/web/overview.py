@@ -1,9 +1,10 @@
 """What the first page shows: the problems, and the queue as a whole.
 
 It scans tables, so what was read is kept for some seconds, and for longer if reading took long;
-requests that arrive meanwhile get the same. Counts of all unfinished mail take longest, and are
-kept apart; so is the chart of each span of time. `version` says how often the rest was read, so
-that open pages are told when there is something new.
+requests that arrive meanwhile get the same. Counts of all unfinished mail take longest: they are
+read in the background, and a page that has waited for a moment is shown without them. The chart of
+each span of time is kept apart. `version` changes when the rest was read, or when counts came late,
+so that open pages are told when there is something new.
 
 What must stay true: the problems are those of `qmqp-relay problems`.
 """
@@ -11,6 +12,7 @@ What must stay true: the problems are those of `qmqp-relay problems`.
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ from commands.ops.problems import problems_of
 from commands.ops.show import disk_of, journal_rows, mounted_spool
 from commands.output import stamp
 from commands.web import charts
+from relay.log import get_logger
 from relay.queue.states import UNFINISHED, State
 from relay.report.filters import Filter
 from relay.report.problems import CRITICAL
@@ -28,9 +31,13 @@ from relay.report.rows import Row
 from relay.report.statistics import Statistics
 from relay.settings import SmtpdSettings
 
+log = get_logger(__name__)
+
 KEPT = 5.0  # seconds, or
 SLOWNESS = 10  # times as long as reading took
-TOP = 5  # reasons, domains and senders
+COUNTS_TIMEOUT = 2.0  # seconds that a page waits for counts
+TOP_KEYS = ("reason", "domain", "sender")
+TOP = 5  # of each
 ACTIONS = 5
 DAY = 86400.0
 
@@ -61,6 +68,59 @@ class KeptValue[T]:
         self._expires_at = 0.0
 
 
+class BackgroundValue[T]:
+    """A value that a thread reads again when it is old. `get` waits for it until `timeout` seconds
+    after the beginning of the read. `late` counts values that came after `get` went without them.
+    """
+
+    def __init__(self, read: Callable[[], T], timeout: float) -> None:
+        self._read, self._timeout = read, timeout
+        self._lock = threading.Lock()
+        self._reading: Future[T] | None = None
+        self._value: T | None = None
+        self._began = self._expires_at = 0.0
+        self._missed = False
+        self.late = 0
+
+    def get(self) -> T | None:
+        """The value, or the one before it if reading takes longer; None before the first."""
+        with self._lock:
+            if self._reading is None and time.monotonic() >= self._expires_at:
+                self._reading, self._began = Future(), time.monotonic()
+                threading.Thread(target=self._run, args=(self._reading,), daemon=True).start()
+            reading = self._reading
+            left = self._began + self._timeout - time.monotonic()
+        if reading is not None:
+            wait([reading], max(0.0, left))
+            with self._lock:
+                if reading.done():
+                    return reading.result()
+                self._missed = True
+        return self._value
+
+    def _run(self, reading: Future[T]) -> None:
+        try:
+            value = self._read()
+        except Exception as error:
+            with self._lock:
+                if self._missed:
+                    log.exception("count failed")
+                    self._keep()
+                self._reading = None
+                reading.set_exception(error)
+        else:
+            with self._lock:
+                self._value, self._reading = value, None
+                self.late += self._missed
+                self._keep()
+                reading.set_result(value)
+
+    def _keep(self) -> None:
+        now = time.monotonic()
+        self._expires_at = now + max(KEPT, SLOWNESS * (now - self._began))
+        self._missed = False
+
+
 @dataclass(frozen=True, slots=True)
 class RouteRow:
     """A route with the mail that waits for it. `down`: none of its servers is tried now; `failing`
@@ -78,11 +138,13 @@ class RouteRow:
 class Overview:
     """The overview of one database."""
 
-    def __init__(self, engine: Engine, settings: SmtpdSettings) -> None:
+    def __init__(
+        self, engine: Engine, settings: SmtpdSettings, timeout: float | None = None
+    ) -> None:
         self._engine, self._settings = engine, settings
         self._queue, self._statistics = QueueReader(engine), Statistics(engine)
         self._now = KeptValue(self._read)
-        self._counts = KeptValue(self._count)
+        self._counts = BackgroundValue(self._count, timeout or COUNTS_TIMEOUT)
         self._charts = {
             name: KeptValue(lambda span=span: self._draw(span))  # type: ignore[misc]
             for name, span in charts.SPANS.items()
@@ -90,12 +152,13 @@ class Overview:
 
     def values(self, span: str) -> dict[str, Any]:
         """What the template needs, for a chart of this span."""
-        return self._now.get() | self._counts.get() | self._charts[span].get()
+        rest = self._now.get() | self._charts[span].get()
+        return rest | (self._counts.get() or _UNCOUNTED)
 
     def version(self) -> int:
         """A number that changes when there is something new; it reads what is old."""
         self._now.get()
-        return self._now.version
+        return self._now.version + self._counts.late
 
     def expire(self) -> None:
         """Show at once what an operator has changed."""
@@ -145,12 +208,19 @@ class Overview:
         return {
             "flow": self._statistics.read("flow"),
             "versions": self._statistics.read("versions"),
-            "tops": [(key, self._top(key)) for key in ("reason", "domain", "sender")],
+            "tops": [(key, self._top(key)) for key in TOP_KEYS],
         }
 
     def _top(self, key: str) -> Sequence[Row]:
         rows = self._queue.counted_by(key, Filter())
         return [row for row in rows if row[key] or key == "sender"][:TOP]
+
+
+_UNCOUNTED: dict[str, Any] = {
+    "flow": None,
+    "versions": None,
+    "tops": [(key, None) for key in TOP_KEYS],
+}
 
 
 def _in_order(summary: Iterable[Row]) -> list[Row]:

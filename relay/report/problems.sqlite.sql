@@ -49,12 +49,15 @@ SELECT (SELECT count(*) FROM workers
        (SELECT coalesce(sum(waiting), 0) FROM waiting_routes) AS waiting;
 
 -- name: held
--- Deliveries that the relay itself has held in the last day.
+-- Deliveries that the relay itself has held in the last day: after an attempt, or when it accepted
+-- them.
 SELECT count(*) AS deliveries, min(x.held_at) AS held_at
 FROM (
-    SELECT (SELECT max(a.finished_at) FROM attempts a
-            WHERE a.queue_id = d.queue_id AND a.delivery = d.number) AS held_at
+    SELECT coalesce((SELECT max(a.finished_at) FROM attempts a
+                     WHERE a.queue_id = d.queue_id AND a.delivery = d.number),
+                    m.received_at) AS held_at
     FROM deliveries d
+    JOIN messages m ON m.id = d.queue_id
     WHERE d.state = 'held' AND coalesce(d.reason_source, 'relay') <> 'operator'
 ) x
 WHERE x.held_at > (SELECT now FROM clock) - 86400000000;

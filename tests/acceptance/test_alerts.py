@@ -26,6 +26,7 @@ OVERDUE, SENDING, PAUSED = (
 )
 DAYS = 'relay_tls_certificate_days{file="a"}'
 ROOM, UP = "relay_spool_free_bytes", "relay_database_up"
+HOOK = 'relay_hook_calls_total{plugin="a",hook="rcpt",answer="%s"}'
 RESTS, ACCEPT = (
     'relay_circuit_opened_total{server="mx:628", why="%s"}',
     'relay_accept_seconds_bucket{le="%s"}',
@@ -82,6 +83,10 @@ CASES: list[Case] = [
         [7],
         [4],
     ),
+    # The series of a hook begins with its first failure.
+    ("RelayHookFails", {HOOK % "failed": "_x30 1x60"}, [31], [29, 60]),
+    ("RelayHookFails", {HOOK % "late": "0x5 1x40"}, [7, 19], [5, 25]),
+    ("RelayHookFails", {HOOK % "denysoft": "0+9x40"}, [], [10]),
     ("RelayTargetsDown", {UP: "1x5 stale"}, [9], [7]),
     (
         "RelayPasswordsAreTried",

@@ -1,7 +1,7 @@
 """The Grafana dashboard: a real Prometheus scrapes a real relay and answers each of its queries.
 
-The relay has a server that works, one that refuses connections, a pause and a refusal, so that no
-query is empty.
+The relay has a server that works, one that refuses connections, a pause, a refusal and a plugin, so
+that no query is empty.
 """
 
 import json
@@ -22,6 +22,17 @@ from tests.services import end, free_port, spawn
 from tests.waiting import until
 
 DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "qmqp-relay.json"
+PLUGIN = """
+from qmqp_relay import hookimpl
+
+@hookimpl
+async def rcpt():
+    pass
+
+@hookimpl
+async def event():
+    pass
+"""
 GUIDE = Path(__file__).parents[2] / "docs" / "operate.md"
 
 
@@ -55,6 +66,7 @@ def test_each_query_has_an_answer(start_up: StartUp, tmp_path: Path) -> None:
     (tmp_path / "routes.toml").write_text(
         f'[dead]\nrecipients = ["dead.example"]\nservers = ["127.0.0.1:{dead}"]\n'
     )
+    (tmp_path / "watcher.py").write_text(PLUGIN)
     listen = " ".join(f"127.0.0.1:{one}" for one in metrics)
     targets = [f"127.0.0.1:{one}" for one in metrics]
     job = {"job_name": "relay", "scrape_interval": "1s", "static_configs": [{"targets": targets}]}
@@ -65,6 +77,7 @@ def test_each_query_has_an_answer(start_up: StartUp, tmp_path: Path) -> None:
             QMQP_SERVERS=f"127.0.0.1:{sink.port}",
             ROUTES=str(tmp_path / "routes.toml"),
             RECIPIENT_DOMAINS="",
+            PLUGINS=str(tmp_path / "watcher.py"),
         )
         with (tmp_path / "prometheus.log").open("wb") as log:
             prometheus = spawn(

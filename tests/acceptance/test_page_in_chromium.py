@@ -5,15 +5,19 @@ import os
 import select
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
 import pytest
+from starlette.exceptions import HTTPException
 
 from relay import passwords
 from relay.queue.operations import QueueOperations
 from relay.queue.outcome import Outcome
+from relay.report.queries import QueueReader
+from relay.report.rows import WorkerRow
 from relay.spool.store import Spool
 from relay.users import Role, Users
 from tests.acceptance.console import HOSTILE, LONG, Browser, Scenario, browsing, scenario
@@ -411,6 +415,41 @@ def test_a_page_is_live_until_it_is_switched_off(
             assert chromium.tells(f"{switch}.innerText") == "Live: off", "it is remembered"
             chromium.tells(f"{switch}.click()")
             until(lambda: chromium.tells(f"{switch}.innerText") == "Live: on", what="it is live")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_live_page_recovers_from_failures(
+    chromium: Chromium, sqlite_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = threading.Event()
+
+    class Full(int):
+        """A limit of streams that leaves no room. A browser never repeats a refused request."""
+
+        def __le__(self, other: object) -> bool:
+            refused.set()
+            return True
+
+    def fail(_reader: QueueReader) -> list[WorkerRow]:
+        raise HTTPException(503, "The database does not answer in time.")
+
+    with opened(sqlite_url) as queue:
+        typed_at(queue, spool, monkeypatch)
+        queue.accept()
+        with browsing(queue) as browser:
+            chromium.look(f"{browser.root}/", 1280, "light")
+            switch = "document.getElementById('live').innerText"
+            until(lambda: chromium.tells(switch) == "Live: on", what="it is live")
+            loads = chromium.loads
+            with monkeypatch.context() as patch:
+                patch.setattr(QueueReader, "workers", fail)
+                patch.setattr("commands.web.live.MAX_STREAMS", Full())
+                until(refused.is_set, 20, what="the stream is refused")
+                until(lambda: chromium.tells(switch) == "Live: waiting", what="it fails")
+                queue.accept()
+            until(lambda: queued(chromium) == 2, 20, what="the page shows it")
+            until(lambda: chromium.tells(switch) == "Live: on", 20, what="it is live again")
+            assert chromium.loads == loads, "the page was not loaded again"
 
 
 @pytest.mark.usefixtures("quick")

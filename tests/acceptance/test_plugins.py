@@ -2,6 +2,7 @@
 when the database was away; and a plugin that cannot be loaded stops what would need it."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qmqp.sink import Sink, running_sink
+from qmqp.sink import MagicRecipients, Sink, running_sink
 from tests.acceptance.installation import Install, Installation
 from tests.acceptance.stack import relay_environ
 from tests.waiting import until
@@ -78,7 +79,7 @@ def test_fields_of_a_plugin_reach_the_server_and_the_commands(
         assert shown[0] == 0, shown
     queue_id = relay.send("held@example.org", body=large)
     row = relay.until_state("held@example.org", "held")
-    assert row.reason == "looks odd"
+    assert row.reason == "held by plugin size: looks odd"
     status, text_shown, _ = command(relay, "headers", queue_id)
     assert status == 0
     assert text_shown.startswith("X-Size: ")
@@ -126,3 +127,24 @@ def test_a_plugin_that_cannot_be_loaded_stops_the_process(
         assert status == 2, (what, error)
         assert f"{bad}, line 3: there is no hook rctp; did you mean rcpt?" in text + error
         assert "Traceback" not in text + error
+
+
+def test_worker_runs_the_example_of_the_hook_event(install: Install, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text()
+    (example,) = re.findall(r"^```python\n(# hooks/event\.py\n.*?)^```$", page, re.M | re.S)
+    plugin = tmp_path / "event.py"
+    # The example writes into the current directory.
+    plugin.write_text(f"import os\n\nos.chdir({str(tmp_path)!r})\n{example}")
+    with running_sink(MagicRecipients()) as sink:
+        relay = install("sqlite", QMQP_SERVERS=f"127.0.0.1:{sink.port}", PLUGINS=str(plugin))
+        smtpd, worker = relay.smtpd(), relay.worker()
+        relay.send("ann@example.org")
+        relay.send("reject@example.org", sender="bob@example.com")
+        relay.until_state("ann@example.org", "delivered")
+        relay.until_state("reject@example.org", "bounced")
+        bounced = tmp_path / "bounced"
+        until(lambda: bounced.exists() and bounced.read_text().endswith("\n"))
+        (line,) = bounced.read_text().splitlines()
+        assert line.startswith("bob@example.com reject@example.org ")
+        assert relay.end(worker) == 0
+        assert relay.end(smtpd) == 0

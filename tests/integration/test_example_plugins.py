@@ -1,5 +1,6 @@
 """The plugins of examples/plugins."""
 
+import ast
 import asyncio
 from pathlib import Path
 
@@ -10,6 +11,16 @@ from tests.integration.plugins import plugins
 from tests.waiting import until
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "plugins"
+
+
+def test_examples_are_as_short_as_the_guide_says():
+    lengths = []
+    for path in EXAMPLES.glob("*.py"):
+        text = path.read_text()
+        _, *lines = ast.parse(text).body  # without the docstring
+        code = text.splitlines()[lines[0].lineno - 1 :]
+        lengths.append(len([line for line in code if line.strip()]))
+    assert (len(lengths), min(lengths), max(lengths)) == (3, 9, 12)
 
 
 def test_greylist_accepts_the_second_attempt_after_the_delay():

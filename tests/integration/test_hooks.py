@@ -169,7 +169,7 @@ def test_effects_of_a_plugin_reach_the_rows(run: Run, size: int) -> None:
     assert message.prefix.startswith("X-Sender: a@example.com\nX-Size: ")
     assert message.prefix.endswith("\nX-First: 1\n")
     (delivery,) = [json.loads(f"[{rows}]") for rows in running.database.deliveries]
-    assert delivery[0]["hold_reason"] == "to be looked at"
+    assert delivery[0]["hold_reason"] == "held by plugin example: to be looked at"
     stored = body_of(running, message)
     assert message.size == len(stored)
     assert stored.endswith(text)

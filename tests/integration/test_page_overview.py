@@ -7,20 +7,24 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from commands.ops.problems import find_problems
 from commands.web import charts
-from commands.web.overview import KeptValue, Overview
+from commands.web.overview import BackgroundValue, KeptValue, Overview
 from relay.ids import dashed
 from relay.queue.operations import QueueOperations
 from relay.queue.outcome import Outcome
 from relay.queue.states import State
+from relay.report.queries import QueueReader
+from relay.report.rows import Row
 from relay.report.statistics import Statistics
 from relay.settings import SmtpdSettings, load
 from relay.spool.store import Spool
 from tests.acceptance.console import browsing
 from tests.integration.harness import QueueHarness, opened
 from tests.integration.typed import typed_at
+from tests.waiting import until
 
 UP, DOWN = "a:628", "b:628"
 
@@ -35,7 +39,7 @@ def queue(
 
 
 def values(queue: QueueHarness) -> dict[str, Any]:
-    return Overview(queue.database, load(SmtpdSettings)).values(charts.USUAL)
+    return Overview(queue.database, load(SmtpdSettings), timeout=60).values(charts.USUAL)
 
 
 def test_routes_show_what_waits_and_since_when_they_fail(queue: QueueHarness) -> None:
@@ -165,3 +169,58 @@ def test_a_kept_value_is_read_once_for_all_that_wait() -> None:
     assert value.version == 1
     value.expire()
     assert (value.get(), value.version) == (2, 2)
+
+
+def test_a_background_value_is_not_waited_for_too_long() -> None:
+    go_on, reads = threading.Event(), list[int]()
+
+    def read() -> int:
+        assert go_on.wait(10)
+        reads.append(1)
+        return len(reads)
+
+    value = BackgroundValue(read, timeout=0.05)
+    assert (value.get(), value.get(), value.late) == (None, None, 0)
+    go_on.set()
+    until(lambda: value.late == 1, what="the value came late")
+    assert (value.get(), value.late, reads) == (1, 1, [1])
+
+
+def test_a_late_failure_of_a_background_value_is_logged() -> None:
+    go_on = threading.Event()
+
+    def read() -> int:
+        assert go_on.wait(10)
+        raise OSError("no database")
+
+    value = BackgroundValue(read, timeout=0.05)
+    with capture_logs() as logged:
+        assert value.get() is None
+        go_on.set()
+        until(lambda: logged, what="the failure is logged")
+    assert [line["event"] for line in logged] == ["count failed"]
+    assert value.get() is None, "it is not read again at once"
+    early = BackgroundValue(read, timeout=60)
+    with pytest.raises(OSError, match="no database"):
+        early.get()
+
+
+def test_the_page_is_shown_before_its_counts(
+    queue: QueueHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, count = threading.Event(), QueueReader.counted_by
+
+    def slow(*arguments: Any, **options: Any) -> list[Row]:
+        assert go_on.wait(60)
+        return count(*arguments, **options)
+
+    monkeypatch.setattr("commands.web.overview.COUNTS_TIMEOUT", 0.05)
+    monkeypatch.setattr(QueueReader, "counted_by", slow)
+    queue.accept("x@d0.example")
+    with browsing(queue) as browser:
+        text = browser.get("/").visible_text
+        assert "1 queued" in text
+        assert text.count("Still being counted") == 5
+        go_on.set()
+        until(lambda: "d0.example" in browser.get("/").text, what="the counts are shown")
+        assert "Still being counted" not in browser.get("/").visible_text

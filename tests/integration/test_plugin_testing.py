@@ -46,7 +46,7 @@ def test_replies_and_messages(tmp_path: Path):
         assert message.hold_reason is None
         client.send("Subject: large\n\n" + "x\n" * 60_000)
         assert len(client.messages) == 2
-        assert client.messages[1].hold_reason == "large"
+        assert client.messages[1].hold_reason == "held by plugin example: large"
         assert client.messages[1].content.endswith(b"x\nx\n")
         assert client.command("QUIT") == "221 2.0.0 Bye"
 
@@ -54,3 +54,14 @@ def test_replies_and_messages(tmp_path: Path):
 def test_a_plugin_that_cannot_be_loaded_is_an_error(tmp_path: Path):
     with pytest.raises(SettingsError, match="there is no file"), plugin_session(f"{tmp_path}/x.py"):
         pass
+
+
+def test_a_held_message_names_the_plugin_that_holds_it(tmp_path: Path):
+    other = plugin_file(tmp_path, "@hookimpl\ndef message():\n    return None\n", "other")
+    holder = plugin_file(
+        tmp_path, "@hookimpl\ndef message(transaction):\n    transaction.hold('odd')\n", "holder"
+    )
+    with plugin_session(f"{other}; {holder}; {other}") as client:
+        client.send()
+        assert client.message is not None
+        assert client.message.hold_reason == "held by plugin holder: odd"

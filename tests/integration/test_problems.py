@@ -122,6 +122,13 @@ def test_what_the_relay_held_is_a_problem_for_a_day(queue: QueueHarness, typed: 
     assert found(typed) == []
 
 
+def test_what_was_held_when_it_was_accepted_is_a_problem(queue: QueueHarness, typed: Typed) -> None:
+    queue.accept(hold_reason="a plugin found it odd")
+    assert brief(typed) == [("held", "", 1)]
+    queue.change("UPDATE messages SET received_at = @ago(90000)")
+    assert found(typed) == []
+
+
 def test_uncertain_deliveries_are_a_problem_for_a_day(queue: QueueHarness, typed: Typed) -> None:
     queue_id = queue.accept()
     for _ in range(2):

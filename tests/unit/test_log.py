@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -125,6 +126,18 @@ def test_console_format_is_not_json(said: Callable[[], str]) -> None:
     line = said()
     assert "accepted" in line
     assert not line.startswith("{")
+
+
+def test_console_format_can_be_searched_as_the_log_of_postfix(
+    said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    configure(load(Settings, log_format="console"))
+    get_logger("x").info("delivered", id="abc", to=["you@example.org", "\x1b[31m@x"], recipients=2)
+    line = said()
+    assert " to=<you@example.org>,<\\x1b[31m@x>" in line
+    assert "\x1b" not in line, "a file takes no colours"
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ ", line), "a file needs dates"
 
 
 @pytest.mark.parametrize(

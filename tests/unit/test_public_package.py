@@ -184,7 +184,7 @@ def test_a_reason_is_one_bounded_line():
     assert one.hold_reason.startswith("a?bx")
     assert len(one.hold_reason) == 500
     one.hold("")
-    assert one.hold_reason == "held by a plugin"
+    assert one.hold_reason == "no reason given"
 
 
 def test_content_cannot_be_read_before_it_has_come():

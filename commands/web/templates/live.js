@@ -6,8 +6,10 @@
   const button = document.getElementById("live");
   if (!button || !window.EventSource) return;
   const key = "qmqp-relay live";
+  const RETRY = 5000;  // milliseconds
   let source = null;
   let waits = false;
+  let timer = 0;
 
   const remembered = () => {
     try { return localStorage.getItem(key) !== "off"; } catch { return true; }
@@ -40,36 +42,55 @@
     document.body.dataset.loads = Number(document.body.dataset.loads ?? 0) + 1;
   };
 
+  // Shows a failure, and tries again a little later.
+  const again = () => {
+    show("Live: waiting");
+    clearTimeout(timer);
+    timer = setTimeout(() => {
+      if (source.readyState === EventSource.CLOSED) start(false);
+      load();
+    }, RETRY);
+  };
+
   const load = async () => {
     if (busy()) { waits = true; return; }
     waits = false;
     try {
-      const answer = await fetch(location.href, { redirect: "error", cache: "no-store" });
-      if (source !== null && answer.ok) replace(await answer.text());
-    } catch { /* the next event tries again */ }
+      const answer = await fetch(location.href, { redirect: "manual", cache: "no-store" });
+      if (source === null) return;
+      if (answer.type === "opaqueredirect") location.reload();  // the session has ended
+      else if (answer.ok) {
+        replace(await answer.text());
+        if (source?.readyState === EventSource.OPEN) show("Live: on");
+      } else again();
+    } catch { if (source !== null) again(); }
   };
 
   const stop = (text) => {
+    clearTimeout(timer);
     source?.close();
     source = null;
     show(text);
   };
-  const start = () => {
+  // `first`: the page has just been loaded, and the first event says nothing new.
+  const start = (first) => {
     source = new EventSource("/events");
-    let first = true;  // the page has just been loaded
     source.onmessage = () => { if (first) first = false; else load(); };
     source.onopen = () => show("Live: on");
-    source.onerror = () => show("Live: waiting");
+    source.onerror = () => {
+      show("Live: waiting");
+      // A browser tries again after a broken connection, and never after an answer that is an error.
+      if (source.readyState === EventSource.CLOSED) again();
+    };
     source.addEventListener("ended", () => location.reload());
-    show("Live: on");
   };
 
   button.addEventListener("click", () => {
-    if (source) stop("Live: off"); else start();
+    if (source) stop("Live: off"); else { start(false); show("Live: on"); }
     remember(source !== null);
   });
   document.addEventListener("visibilitychange", () => { if (source && waits) load(); });
   document.addEventListener("focusout", () => setTimeout(() => { if (source && waits) load(); }));
   button.hidden = false;
-  if (remembered()) start(); else show("Live: off");
+  if (remembered()) { start(true); show("Live: on"); } else show("Live: off");
 })();
