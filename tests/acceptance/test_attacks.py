@@ -138,9 +138,13 @@ def test_commands_put_behind_starttls_never_reach_the_session(attacked: Attacked
 def test_a_message_pipelined_past_auth_is_not_taken(attacked: AttackedRelay, secret: bytes) -> None:
     """Where AUTH is required, and where it alone opens the relay. AUTH that asks for a response
     takes the next line for it."""
-    for port, source in ((attacked.auth, "127.0.0.10"), (attacked.relay.port, "127.0.0.11")):
+    local = EVIL.replace(b"elsewhere.example", b"example.org")  # without /auth it would be taken
+    for port, source, message in (
+        (attacked.auth, "127.0.0.10", local),
+        (attacked.relay.port, "127.0.0.11", EVIL),
+    ):
         with closing(attacked.greeted(source, port=port)) as client:
-            client.send(secret + b"\r\n" + EVIL + b"QUIT\r\n")
+            client.send(secret + b"\r\n" + message + b"QUIT\r\n")
             heard = read_to_the_end(client.socket)
         codes = [line[:3] for line in heard.splitlines()]
         assert not {b"235", b"354"} & {*codes}, heard
