@@ -186,7 +186,7 @@ PHASES = (
     Phase(f"a transaction with {RECIPIENTS:,} recipients", with_recipients, most=50),
     Phase(f"in content, {SMALL:,} octets", partial(in_content, SMALL), most=200),
     Phase(f"in content, {LARGE:,} octets", partial(in_content, LARGE), most=200, settle=2.0),
-    Phase("commands whose replies it does not read", not_reading, most=100, settle=1.0),
+    Phase("a flood whose replies it does not read", not_reading, most=100, settle=1.0),
 )
 
 
