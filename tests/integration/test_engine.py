@@ -368,11 +368,14 @@ def test_a_server_that_closes_before_it_reads_is_unreachable(
 
 @contextmanager
 def denying() -> Iterator[int]:
-    """The port of a server that accepts connections and closes them, as tcprules deny."""
+    """The port of a server that accepts connections and closes them, as tcprules deny: the first
+    one after a while, so that the later ones are sooner than that however busy the machine is."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
             with suppress(OSError):
+                with listener.accept()[0]:
+                    time.sleep(0.3)
                 while True:
                     listener.accept()[0].close()
 

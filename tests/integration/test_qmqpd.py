@@ -247,7 +247,7 @@ def test_behind_a_balancer_the_header_names_the_client(run: Callable[..., Server
     with talking(running) as client:
         client.send(header % 2)
         assert status(client.reply()).startswith(b"Z")
-    [message] = running.database.messages
+    [message] = running.messages(1)
     assert message.client_address == "192.0.2.1"
 
 
