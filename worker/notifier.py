@@ -3,8 +3,8 @@
 Each subscription has an `EventCourier` on the event loop of this thread. It claims events that are
 due (`relay.events.outbox`), sends up to CONCURRENCY of them at once, and records what became of
 them, several in a transaction. A try that failed is repeated after the times in DELAYS. While a
-receiver fails as a whole, one event at a time is tried, with growing pauses; after the first that
-arrives again, what failed before is due at once.
+receiver fails as a whole, one event at a time is tried, with growing pauses. If nothing arrived for
+OUTAGE and several messages failed, what failed is due at once after the first that arrives again.
 
 What must stay true: a receiver that is slow or dead costs mail nothing but rows; a courier holds at
 most CONCURRENCY events in memory; nothing is deleted before the receiver has it, or TRIES failed,
@@ -65,6 +65,7 @@ class EventCourier:
         self._finished: list[FinishedEvent] = []  # not recorded yet
         self._failures = 0  # in a row, of the receiver as a whole
         self._failing_since: float | None = None
+        self._failed_messages: set[str] = set()  # since then; one alone is no outage
         self._paused_until = self._noted_at = float("-inf")
         self._waking = False
         self._clean_at = clock() + CLEANING
@@ -142,6 +143,8 @@ class EventCourier:
         for claimed, result in results:
             last = bool(result.error) and result.tried and claimed.tries + 1 >= TRIES
             given_up += last
+            if result.error and len(self._failed_messages) < 2:
+                self._failed_messages.add(claimed.event.queue_id)
             self._finished.append(_finished(claimed, result, last=last))
             what = "given_up" if last else "failed" if result.error else "delivered"
             metrics.NOTIFICATIONS.labels(self.name, what).inc()
@@ -168,9 +171,12 @@ class EventCourier:
             self._paused_until = self._clock() + pause
 
     async def _note_success(self) -> None:
+        several = len(self._failed_messages) > 1
+        self._failed_messages.clear()
         if self._failing_since is not None:
             log.info("subscription recovered", subscription=self.name)
-            self._waking = self._clock() - self._failing_since >= OUTAGE
+            if several and self._clock() - self._failing_since >= OUTAGE:
+                self._waking = True
         elif self._clock() - self._noted_at < RENEWAL:
             return
         self._failures, self._failing_since = 0, None

@@ -82,14 +82,18 @@ class BackgroundValue[T]:
         self._missed = False
         self.late = 0
 
-    def get(self) -> T | None:
-        """The value, or the one before it if reading takes longer; None before the first."""
+    def begin(self) -> Future[T] | None:
+        """Begin to read it if it is old; the read that goes on, if there is one."""
         with self._lock:
             if self._reading is None and time.monotonic() >= self._expires_at:
                 self._reading, self._began = Future(), time.monotonic()
                 threading.Thread(target=self._run, args=(self._reading,), daemon=True).start()
-            reading = self._reading
-            left = self._began + self._timeout - time.monotonic()
+            return self._reading
+
+    def get(self) -> T | None:
+        """The value, or the one before it if reading takes longer; None before the first."""
+        reading = self.begin()
+        left = self._began + self._timeout - time.monotonic()
         if reading is not None:
             wait([reading], max(0.0, left))
             with self._lock:
@@ -152,6 +156,7 @@ class Overview:
 
     def values(self, span: str) -> dict[str, Any]:
         """What the template needs, for a chart of this span."""
+        self._counts.begin()
         rest = self._now.get() | self._charts[span].get()
         return rest | (self._counts.get() or _UNCOUNTED)
 

@@ -216,6 +216,23 @@ def test_receiver_that_was_down_gets_what_waited_with_the_next_event(
     assert len(mail.receiver.firsts()) == 16
 
 
+def test_event_that_alone_fails_keeps_its_delays_when_others_arrive(
+    mail: Mail, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "DELAYS", (3600.0,) * (TRIES - 1))
+    monkeypatch.setattr(module, "OUTAGE", 0.0)
+    (bad,) = mail.deliver()
+    mail.receiver.answer = lambda _id, data: (400 if data["queue_id"] == bad else 200, OK)
+    with mail.notifying():
+        until(lambda: mail.subscription().last_error == "HTTP 400")
+        for _ in range(3):
+            mail.queue.accept()
+            until(lambda: mail.pending() == 3)
+    assert [one.type for one in mail.receiver.received if one.data["queue_id"] == bad] == [
+        "accepted"
+    ]
+
+
 def test_one_event_at_a_time_is_tried_while_a_receiver_fails(mail: Mail) -> None:
     mail.receiver.answer = lambda _id, _data: (503, OK)
     mail.deliver(40)
