@@ -402,13 +402,15 @@ def judge(running: SmtpHarness, wire: bytes, reply: bytes) -> None:
 def test_C2_no_sequence_of_cr_lf_nul_and_dot_smuggles_a_message(
     run: Callable[..., SmtpHarness], pair: tuple[Path, Path], authority: Authority, tls: bool
 ) -> None:
+    """Whole, and cut in two at every octet."""
     running = run(tls_certificate=pair[0], tls_key=pair[1])
     with greeted(running, authority, tls=tls) as client:
+        client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for sequence in SEQUENCES:
-            wire = b"a" + sequence + b"MAIL FROM:<evil@example.com>\r\nb\r\n.\r\n"
-            if client.socket.fileno() >= 0:
-                judge(running, wire, transfer(client, [wire]))
-            running.server.loop.call_soon_threadsafe(_forgive, running)
+            wire = b"a" + sequence + b"MAIL FROM:<x@y>\r\n.\r\n"
+            for at in range(len(wire)):
+                judge(running, wire, transfer(client, [wire[:at], wire[at:]]))
+                running.server.loop.call_soon_threadsafe(_forgive, running)
 
 
 def _forgive(running: SmtpHarness) -> None:
