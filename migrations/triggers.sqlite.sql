@@ -1,5 +1,5 @@
 -- The triggers that write the outbox (migrations/triggers.py). A trigger is a part of the statement
--- that changes a delivery. Without a subscription it only finds that there is none.
+-- that changes a delivery. Without a subscription it does nothing but look for one.
 
 -- name: drop_triggers
 DROP TRIGGER IF EXISTS record_accepted;

@@ -46,7 +46,7 @@ class PluginError(SettingsError):
 
 
 def load(settings: Settings) -> Plugins | None:
-    """Loads and registers all plugins; None if there is none. Raises PluginError."""
+    """Loads and registers all plugins; None without plugins. Raises PluginError."""
     entries = [*settings.plugins]
     installed = {point.name: point for point in entry_points(group=GROUP)}
     named = {entry.name for entry in entries}

@@ -88,7 +88,7 @@ def _check(answer: Deny | DenySoft) -> None:
 
 
 def as_answer(value: object) -> Answer | None:
-    """What a hook has returned as an answer. Raises TypeError if it is none."""
+    """What a hook has returned as an answer. Raises TypeError for anything else."""
     if value in (OK, Deny, DenySoft):
         value = value()
     if value is None or isinstance(value, OK | Deny | DenySoft):

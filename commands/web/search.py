@@ -153,7 +153,7 @@ def link_of(command: str) -> str:
 
 
 def link_of_filter(options: str) -> str:
-    """The search that a recorded filter means; empty if there is none."""
+    """The search that a recorded filter means; empty without a filter."""
     try:
         words = shlex.split(options)
     except ValueError:  # a filter of an earlier version
