@@ -35,7 +35,7 @@ class PluginArguments:
         self.options = options
 
     def word(self, index: int, default: str | None = None) -> str:
-        """The word at this index, from 0. Raises PluginArgumentError if there is none and no
+        """The word at this index, from 0. Raises PluginArgumentError without one and without a
         default."""
         if index < len(self.words):
             return self.words[index]

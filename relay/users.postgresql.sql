@@ -9,7 +9,7 @@ ON CONFLICT DO NOTHING;
 UPDATE users SET password_hash = :password_hash WHERE name = :user;
 
 -- name: change
--- A parameter that is NULL changes nothing, and a limit of 0 is none.
+-- A parameter that is NULL changes nothing, and a limit of 0 ends the limit.
 UPDATE users SET role = coalesce(CAST(:role AS text), role),
     senders = coalesce(CAST(:senders AS text), senders),
     messages_per_minute =

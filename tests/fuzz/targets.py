@@ -277,7 +277,7 @@ def proxy_header(data: bytes) -> None:
 
 
 def _header(pieces: list[bytes]) -> tuple[str | None, int] | None:
-    """The client of a header and the length of the header, or None for what is none (yet)."""
+    """The client of a header and the length of the header, or None without a header (yet)."""
     reader, read = HeaderReader(), 0
     for piece in pieces:
         while piece:

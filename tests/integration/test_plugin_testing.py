@@ -11,7 +11,7 @@ from tests.integration.plugins import plugin_file
 SPAM = """
     @hookimpl
     def rcpt(recipient):
-        if recipient.local == "nobody":
+        if recipient.local == "unknown":
             return Deny("No such user", enhanced="5.1.1")
 
     @hookimpl
@@ -35,7 +35,7 @@ def test_replies_and_messages(tmp_path: Path):
     plugin = plugin_file(tmp_path, SPAM)
     with plugin_session(f"{plugin}", hostname="mx.example") as client:
         assert client.banner == "220 mx.example ESMTP qmqp-relay"
-        assert client.send(recipients=("nobody@example.org",)) == "550 5.1.1 No such user"
+        assert client.send(recipients=("unknown@example.org",)) == "550 5.1.1 No such user"
         assert client.send("Subject: hi\n\n.dot\n").startswith("250 2.0.0 Ok: queued as ")
         message = client.message
         assert message is not None

@@ -187,7 +187,7 @@ class JournalHistory(RuleBasedStateMachine):
         return self.spoolers[number % len(self.spoolers)]
 
     def _reply(self) -> None:
-        """250 to those whose rows are made; a process that has ended replies to nobody."""
+        """250 to those whose rows are made; a process that has ended sends no reply."""
         for queue_id, spooler in [*self.waiting.items()]:
             if not spooler.alive:
                 del self.waiting[queue_id]
