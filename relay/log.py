@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
 
-from relay.settings import Settings, redacted
+from relay.redaction import redacted
 
 if TYPE_CHECKING:
     from structlog.stdlib import BoundLogger
@@ -30,6 +30,17 @@ _ADDRESS = re.compile(r'"[^"]*"@|[^\s<>()\[\],;:"]+')
 """A quoted local part, or a word that may contain an address. The pattern reads each character once
 or twice. A pattern with the `@` in it would start again at each character of a word without one,
 and a peer may send such words."""
+
+
+class LogSettings(Protocol):
+    """The settings of the log, as `relay.settings.Settings` has them."""
+
+    @property
+    def log_level(self) -> str: ...
+    @property
+    def log_format(self) -> str: ...
+    @property
+    def log_addresses(self) -> str: ...
 
 
 @contextmanager
@@ -168,7 +179,7 @@ def log_to_stderr() -> None:
     structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
 
 
-def configure(settings: Settings) -> None:
+def configure(settings: LogSettings) -> None:
     """Set up this process' logs by LOG_LEVEL, LOG_FORMAT and LOG_ADDRESSES."""
     with _without_rich():
         import structlog

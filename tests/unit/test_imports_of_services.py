@@ -11,9 +11,9 @@ from relay.settings import PREFIX
 
 PROGRAM = """
 import json, sys
+from types import SimpleNamespace
 from relay.log import configure
-from relay.settings import Settings, load
-configure(load(Settings))
+configure(SimpleNamespace(log_level="info", log_format="json", log_addresses="full"))
 import {module}
 print(json.dumps([*sys.modules]))
 """
@@ -36,6 +36,14 @@ def imported(module: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
+# smtpd validates the settings, keeps the counters and publishes the hints. The spooler only writes.
+UNUSED_BY_SPOOLER = ("celery", "kombu", "prometheus_client", "pydantic", "redis", "typer", "uvloop")
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_a_service_imports_no_module_that_it_never_uses(module: str) -> None:
     assert not imported(module) & set(UNUSED)
+
+
+def test_the_spooler_gets_values_and_imports_what_writes_them() -> None:
+    assert not imported("reception.spooler") & set(UNUSED_BY_SPOOLER)
