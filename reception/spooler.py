@@ -27,6 +27,7 @@ from reception.committer import JournalCommitter, WrittenBatch
 from reception.spooler_protocol import (
     VERSION,
     FrameDecoder,
+    Lag,
     SpoolerReply,
     SpoolerSettings,
     StoreFault,
@@ -106,6 +107,10 @@ class Spooler:
             self._committer.close(DRAIN)
             self._supply.close()
 
+    def lag(self) -> Lag:
+        """What has no rows yet, as each reply tells it."""
+        return self._committer.lag()
+
     def _retire(self, segment: str, orderly: bool) -> None:
         self._committer.retire(segment, orderly=orderly)
 
@@ -143,7 +148,7 @@ class Spooler:
 
     def _store(self, requests: Sequence[StoreRequest]) -> None:
         """Appends a batch, and replies if it need not wait for the rows."""
-        lag = self._committer.lag()
+        lag = self.lag()
         size = sum(request.size + len(request.rows) for request in requests)
         if lag.octets + size > self._limit:
             fault = StoreFault("RELAY_JOURNAL_LIMIT: too much waits for the database")
@@ -202,8 +207,7 @@ class Spooler:
         count: int = 0,
         seconds: float = 0.0,
     ) -> None:
-        lag = self._committer.lag()
-        reply = SpoolerReply(results, committed or {}, count, seconds, lag)
+        reply = SpoolerReply(results, committed or {}, count, seconds, self.lag())
         # smtpd may have ended; the next read ends this process.
         with self._sending, suppress(OSError):
             self._channel.sendall(frame(reply))
