@@ -27,7 +27,9 @@ from reception.committer import JournalCommitter, WrittenBatch
 from reception.spooler_protocol import (
     VERSION,
     FrameDecoder,
+    Lag,
     SpoolerReply,
+    SpoolerSettings,
     StoreFault,
     StoreRequest,
     frame,
@@ -35,13 +37,13 @@ from reception.spooler_protocol import (
 from relay.db import engine as database
 from relay.log import configure
 from relay.queue.accept import Acceptor, EncodedMessage
+from relay.runtime import freeze_memory
 from relay.spool.journal.directory import JournalDirectory
 from relay.spool.journal.format import SEGMENT_SIZE, JournalRecord, RecordKind
 from relay.spool.journal.supply import SegmentSupply
 from relay.spool.journal.writer import AppendUnknown, JournalWriter
 from relay.spool.mark import SpoolMark
 from relay.spool.store import Spool
-from relay.startup import freeze_memory
 
 MAX_BATCH = 64  # messages
 MAX_BATCH_OCTETS = 4 << 20
@@ -105,6 +107,10 @@ class Spooler:
             self._committer.close(DRAIN)
             self._supply.close()
 
+    def lag(self) -> Lag:
+        """What has no rows yet, as each reply tells it."""
+        return self._committer.lag()
+
     def _retire(self, segment: str, orderly: bool) -> None:
         self._committer.retire(segment, orderly=orderly)
 
@@ -142,7 +148,7 @@ class Spooler:
 
     def _store(self, requests: Sequence[StoreRequest]) -> None:
         """Appends a batch, and replies if it need not wait for the rows."""
-        lag = self._committer.lag()
+        lag = self.lag()
         size = sum(request.size + len(request.rows) for request in requests)
         if lag.octets + size > self._limit:
             fault = StoreFault("RELAY_JOURNAL_LIMIT: too much waits for the database")
@@ -201,8 +207,7 @@ class Spooler:
         count: int = 0,
         seconds: float = 0.0,
     ) -> None:
-        lag = self._committer.lag()
-        reply = SpoolerReply(results, committed or {}, count, seconds, lag)
+        reply = SpoolerReply(results, committed or {}, count, seconds, self.lag())
         # smtpd may have ended; the next read ends this process.
         with self._sending, suppress(OSError):
             self._channel.sendall(frame(reply))
@@ -218,9 +223,10 @@ def main() -> None:
     the socket and of the spool directory."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # only its channel ends it
         signal.signal(number, signal.SIG_IGN)
-    version, settings = pickle.load(sys.stdin.buffer)  # noqa: S301  (from our smtpd)
+    version, values = pickle.load(sys.stdin.buffer)  # noqa: S301  (from our smtpd)
     if version != VERSION:
         sys.exit("this program was replaced while it ran: start smtpd again")
+    settings = SpoolerSettings(*values)
     configure(settings)
     engine = database.connect(settings.database_url, hot=True)
     with socket.socket(fileno=int(sys.argv[1])) as channel:

@@ -8,7 +8,7 @@ counts 1000). The database, the spool and the workers' files stand below STATE_D
 What must stay true: a bad value stops the process before it touches anything, and the error names
 the variable, the value and what to write; `load` validates all roles, so every command refuses the
 same settings; an unknown RELAY_ name is reported (`unknown_names`); no password is printed
-(`redacted`).
+(`relay.redaction`).
 """
 
 import difflib
@@ -43,8 +43,6 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
 _SECONDS = {"ms": 0.001, None: 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE = re.compile(r"(\d+)\s*([KMG]?)i?B?", re.IGNORECASE)
 _FACTOR = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-_PASSWORD = re.compile(r"(?<=password=)[^&\s]+")
-_VALUE = re.compile(r"([?&][^=&?]*=)[^&]*")
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
 _NAME = rf"{_LABEL}(?:\.{_LABEL})*"
 _LITERAL = r"\[(?:[0-9.]+|(?i:IPv6:)[0-9A-Fa-f:.]+)\]"
@@ -497,20 +495,3 @@ def unknown_names(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
         for name in sorted(environ.keys() - known)
         if name.startswith(PREFIX) and not name.startswith("RELAY_TEST")
     }
-
-
-def redacted(text: str) -> str:
-    """A URL, or a text with one, without the password and the values of the parameters.
-
-    A password may contain characters that should have been escaped, so it reaches to the last `@`.
-    Any parameter may be a secret of a driver (`sslpassword`), so no value is shown.
-    """
-    start, scheme, rest = text.partition("://")
-    user, colon, secret = rest.partition(":")
-    secret, at, host = secret.rpartition("@")
-    if colon and at:
-        # the `@` may belong to the value of a parameter
-        if "=" in secret.partition("?")[2].rpartition("&")[2]:
-            host = host.partition("&")[2]
-        rest = f"{user}:***@{host}"
-    return _PASSWORD.sub("***", start) + scheme + _PASSWORD.sub("***", _VALUE.sub(r"\1***", rest))

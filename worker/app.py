@@ -39,10 +39,11 @@ from relay.queue.claim import WorkerQueue
 from relay.queue.operations import QueueOperations
 from relay.queue.rescue import Rescuer
 from relay.routes import Routes, parse_server
+from relay.runtime import freeze_memory
 from relay.settings import SettingsError, WorkerSettings, load
 from relay.spool.mark import SpoolMark
 from relay.spool.store import SpoolError
-from relay.startup import freeze_memory, ready
+from relay.startup import ready
 from relay.tls import metrics_context
 from worker.circuit_breaker import ServerPool
 from worker.cleaner import Cleaner

@@ -100,7 +100,8 @@ def migrate(
     """Create or upgrade the tables of the database. Waits for a migration that already runs."""
     from relay.db.engine import migrate
     from relay.log import configure
-    from relay.settings import Settings, load, redacted
+    from relay.redaction import redacted
+    from relay.settings import Settings, load
 
     settings = load(Settings)
     configure(settings)

@@ -101,7 +101,7 @@ def test_a_message_of_an_own_segment_gets_its_row(owner: SleepyOwner, queue: Que
     owner.append()
     owner.wake_up()
     assert count(queue) == 1
-    assert owner.committed.is_set()
+    assert owner.committed.wait(20)
 
 
 def test_a_void_that_is_written_just_before_the_adoption_counts(
@@ -127,7 +127,7 @@ def test_a_void_that_is_written_just_before_the_adoption_counts(
     monkeypatch.setattr("reception.committer.adopt", adopted)
     with spooler(queue, spool) as other:
         other.wait_for_rows(other.request())
-        until(lambda: other.spooler._committer.lag().messages == 0)  # noqa: SLF001
+        until(lambda: other.spooler.lag().messages == 0)
     assert count(queue) == 2, "of the owner's two messages one"
 
 
@@ -151,7 +151,7 @@ def test_a_writer_may_retire_a_segment_that_was_released(
     owner.take_away(segment, removed=True)
     file = owner.writer.files[segment]
     owner.wake_up()
-    assert segment not in owner.writer.files
+    until(lambda: segment not in owner.writer.files)
     owner.writer.files[segment] = file  # the writer looked before
     sync = file.sync
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from relay import settings as module
 from relay.listeners import Listener, parse_listen
+from relay.redaction import redacted
 from relay.settings import (
     ROLES,
     Settings,
@@ -20,7 +21,6 @@ from relay.settings import (
     WorkerSettings,
     load,
     names,
-    redacted,
     seconds,
     size,
     unknown_names,
