@@ -18,14 +18,15 @@ configure(SimpleNamespace(log_level="info", log_format="json", log_addresses="fu
 print(json.dumps([*sys.modules]))
 """
 SERVICES = {
-    "smtpd": "import smtpd.main",
+    "smtpd": "import commands.services, smtpd.main",
     "spooler": "import reception.spooler",
-    "worker": "from worker.app import app; app.Worker",  # Celery imports its worker then
+    # Celery imports its worker when it is asked for.
+    "worker": "import commands.services; from worker.app import app; app.Worker",
 }
 # What no service uses, though packages that it does use import it where they find it.
 UNUSED = (
     *("alembic", "attr", "jinja2", "pygments", "rich", "starlette", "uvicorn"),
-    *("celery.bin", "click_repl", "prompt_toolkit"),
+    *("celery.bin", "click_repl", "prompt_toolkit", "typer"),
 )
 
 
@@ -44,7 +45,7 @@ def imported(service: str) -> set[str]:
 
 
 # smtpd validates the settings, keeps the counters and publishes the hints. The spooler only writes.
-UNUSED_BY_SPOOLER = ("celery", "kombu", "prometheus_client", "pydantic", "redis", "typer", "uvloop")
+UNUSED_BY_SPOOLER = ("celery", "kombu", "prometheus_client", "pydantic", "redis", "uvloop")
 
 
 @pytest.mark.parametrize("service", SERVICES)
