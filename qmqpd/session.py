@@ -169,8 +169,7 @@ class QmqpSession:
     def _scan(self, data: bytes) -> None:
         if self._header.complete:
             return
-        # The scanner wants a LF before the first line.
-        self._header.feed(data if self._header.started else b"\n" + data)
+        self._header.feed(data)
         if self._header.received > MAX_RECEIVED:
             raise Refused(LOOP)
 

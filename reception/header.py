@@ -15,28 +15,30 @@ _MAX_TAIL = 1000
 
 class HeaderScanner:
     """Scans one header. `message_id` includes the brackets and has at most 502 characters;
-    `received` is the number of trace fields so far; `started`: the first text has come; `complete`:
-    the header has ended."""
+    `received` is the number of trace fields so far; `complete`: the header has ended."""
 
-    __slots__ = ("_tail", "complete", "message_id", "received", "started")
+    __slots__ = ("_started", "_tail", "complete", "message_id", "received")
 
     def __init__(self) -> None:
         self.message_id: str | None = None
         self.received = 0
         self.complete = False
-        self.started = False
-        self._tail = b""  # the unfinished line, of at most _MAX_TAIL octets
+        self._started = False
+        # The unfinished line, of at most _MAX_TAIL octets, and the LF before it. So the first field
+        # is found as `LF name` too.
+        self._tail = b"\n"
 
     def feed(self, text: bytes) -> None:
-        """Takes the next text, with LF line ends. The first text begins with a LF before the first
-        line, so that every field is found as `LF name`."""
-        if not self.started:
-            self.started = True
-            if text[1:2] in (b" ", b"\t"):
+        """Takes the next text, with LF line ends."""
+        window = self._tail + text
+        if not self._started:
+            if len(window) == 1:  # an empty text
+                return
+            self._started = True
+            if window[1:2] in (b" ", b"\t"):
                 # The receiver ends the header before a first line that begins with a blank.
                 self.complete = True
                 return
-        window = self._tail + text
         end = window.find(b"\n\n")
         self.complete = end >= 0
         # The last line may still grow: it is searched when it is complete.

@@ -29,6 +29,7 @@ from reception.spooler_protocol import (
     FrameDecoder,
     Lag,
     SpoolerReply,
+    SpoolerSettings,
     StoreFault,
     StoreRequest,
     frame,
@@ -36,13 +37,13 @@ from reception.spooler_protocol import (
 from relay.db import engine as database
 from relay.log import configure
 from relay.queue.accept import Acceptor, EncodedMessage
+from relay.runtime import freeze_memory
 from relay.spool.journal.directory import JournalDirectory
 from relay.spool.journal.format import SEGMENT_SIZE, JournalRecord, RecordKind
 from relay.spool.journal.supply import SegmentSupply
 from relay.spool.journal.writer import AppendUnknown, JournalWriter
 from relay.spool.mark import SpoolMark
 from relay.spool.store import Spool
-from relay.startup import freeze_memory
 
 MAX_BATCH = 64  # messages
 MAX_BATCH_OCTETS = 4 << 20
@@ -222,9 +223,10 @@ def main() -> None:
     the socket and of the spool directory."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # only its channel ends it
         signal.signal(number, signal.SIG_IGN)
-    version, settings = pickle.load(sys.stdin.buffer)  # noqa: S301  (from our smtpd)
+    version, values = pickle.load(sys.stdin.buffer)  # noqa: S301  (from our smtpd)
     if version != VERSION:
         sys.exit("this program was replaced while it ran: start smtpd again")
+    settings = SpoolerSettings(*values)
     configure(settings)
     engine = database.connect(settings.database_url, hot=True)
     with socket.socket(fileno=int(sys.argv[1])) as channel:

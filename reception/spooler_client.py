@@ -28,6 +28,7 @@ from reception.spooler_protocol import (
     FrameDecoder,
     Lag,
     SpoolerReply,
+    SpoolerSettings,
     StoreFault,
     StoreRequest,
     frame,
@@ -226,6 +227,20 @@ class SpoolerClient(asyncio.Protocol):
         return "killed" if self._process.cancelled() else self._process.result()
 
 
+def spooler_settings(settings: SmtpdSettings) -> SpoolerSettings:
+    """The part of the settings that a spooler needs."""
+    return SpoolerSettings(
+        spool_dir=settings.spool_dir,
+        database_url=settings.database_url,
+        queue_lifetime=settings.queue_lifetime,
+        grace=settings.grace,
+        journal_limit=settings.journal_limit,
+        log_level=settings.log_level,
+        log_format=settings.log_format,
+        log_addresses=settings.log_addresses,
+    )
+
+
 def launcher(settings: SmtpdSettings, spool: Spool) -> Launch:
     """Launches spoolers as processes. A spooler inherits our descriptor of the spool directory,
     because the path may lead to another directory by then."""
@@ -234,6 +249,7 @@ def launcher(settings: SmtpdSettings, spool: Spool) -> Launch:
         filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")))
     )
 
+    start = pickle.dumps((VERSION, tuple(spooler_settings(settings))))
     without_docstrings = ["-OO"] if sys.flags.optimize else []  # as smtpd itself runs
 
     async def launch(channel: socket.socket) -> object:
@@ -248,7 +264,7 @@ def launcher(settings: SmtpdSettings, spool: Spool) -> Launch:
                 start_new_session=True,
             )
         try:
-            await process.communicate(pickle.dumps((VERSION, settings)))
+            await process.communicate(start)
         finally:
             if process.returncode is None:
                 process.kill()

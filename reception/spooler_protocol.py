@@ -6,11 +6,26 @@ safe here: both ends are this program, on a socket pair that no other process ha
 
 import pickle
 import struct
+from pathlib import Path
 from typing import Any, NamedTuple
 
-VERSION = 3
+VERSION = 4
 """A spooler of another version refuses to start."""
 _LENGTH = struct.Struct("=I")
+
+
+class SpoolerSettings(NamedTuple):
+    """The settings of the spooler, as values that smtpd has validated. So the spooler imports
+    neither `relay.settings` nor pydantic, which takes 10 MiB."""
+
+    spool_dir: Path
+    database_url: str
+    queue_lifetime: float
+    grace: float
+    journal_limit: int
+    log_level: str
+    log_format: str
+    log_addresses: str
 
 
 class StoreRequest(NamedTuple):

@@ -12,14 +12,14 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, MutableMapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
 
-from relay.settings import Settings, redacted
+from relay.redaction import redacted
 
 if TYPE_CHECKING:
     from structlog.stdlib import BoundLogger
@@ -32,6 +32,32 @@ or twice. A pattern with the `@` in it would start again at each character of a 
 and a peer may send such words."""
 
 
+class LogSettings(Protocol):
+    """The settings of the log, as `relay.settings.Settings` has them."""
+
+    @property
+    def log_level(self) -> str: ...
+    @property
+    def log_format(self) -> str: ...
+    @property
+    def log_addresses(self) -> str: ...
+
+
+@contextmanager
+def _without_rich() -> Iterator[None]:
+    """structlog is imported in this block. It would import rich, which typer brings along: rich
+    takes 4 MiB in each process, and its tracebacks show the values of all local variables, of which
+    some are secrets."""
+    rich = sys.modules.get("rich")
+    sys.modules["rich"] = None  # type: ignore[assignment]  # an import raises ImportError
+    try:
+        yield
+    finally:
+        del sys.modules["rich"]
+        if rich is not None:  # it is a plugin's
+            sys.modules["rich"] = rich
+
+
 class _Logger:
     """structlog's logger, made at the first event: commands that log nothing start sooner."""
 
@@ -40,7 +66,8 @@ class _Logger:
 
     @cached_property
     def _logger(self) -> Any:
-        from structlog.stdlib import get_logger
+        with _without_rich():
+            from structlog.stdlib import get_logger
 
         return get_logger(self._name)
 
@@ -146,14 +173,16 @@ class _LineWriter:
 
 def log_to_stderr() -> None:
     """Keep what plugins log out of the output of a command that loads them."""
-    import structlog
+    with _without_rich():
+        import structlog
 
     structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
 
 
-def configure(settings: Settings) -> None:
+def configure(settings: LogSettings) -> None:
     """Set up this process' logs by LOG_LEVEL, LOG_FORMAT and LOG_ADDRESSES."""
-    import structlog
+    with _without_rich():
+        import structlog
 
     is_tty = sys.stderr.isatty()
     for_people = settings.log_format == "console" or (settings.log_format == "auto" and is_tty)
@@ -171,7 +200,11 @@ def configure(settings: Settings) -> None:
     )
     colours = is_tty and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     last: Any = (
-        structlog.dev.ConsoleRenderer(colors=colours, pad_event_to=12) if for_people else _json
+        structlog.dev.ConsoleRenderer(
+            colors=colours, pad_event_to=12, exception_formatter=structlog.dev.plain_traceback
+        )
+        if for_people
+        else _json
     )
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     structlog.configure(

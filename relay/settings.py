@@ -8,7 +8,7 @@ counts 1000). The database, the spool and the workers' files stand below STATE_D
 What must stay true: a bad value stops the process before it touches anything, and the error names
 the variable, the value and what to write; `load` validates all roles, so every command refuses the
 same settings; an unknown RELAY_ name is reported (`unknown_names`); no password is printed
-(`redacted`).
+(`relay.redaction`).
 """
 
 import difflib
@@ -22,8 +22,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from relay.listeners import Listener, parse_listen, parse_listener
 from relay.plugin_entries import PluginEntry, parse_plugins
@@ -36,8 +43,6 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
 _SECONDS = {"ms": 0.001, None: 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE = re.compile(r"(\d+)\s*([KMG]?)i?B?", re.IGNORECASE)
 _FACTOR = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-_PASSWORD = re.compile(r"(?<=password=)[^&\s]+")
-_VALUE = re.compile(r"([?&][^=&?]*=)[^&]*")
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
 _NAME = rf"{_LABEL}(?:\.{_LABEL})*"
 _LITERAL = r"\[(?:[0-9.]+|(?i:IPv6:)[0-9A-Fa-f:.]+)\]"
@@ -177,19 +182,15 @@ Duration = Annotated[float, from_text(seconds), Field(gt=0)]
 Span = Annotated[float, from_text(seconds), Field(ge=0)]
 Size = Annotated[int, from_text(size), Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
-Texts = Annotated[tuple[str, ...], NoDecode, _WORDS]
-Listens = Annotated[
-    tuple[Annotated[tuple[str, int], from_text(parse_listen)], ...], NoDecode, _WORDS
-]
+Texts = Annotated[tuple[str, ...], _WORDS]
+Listens = Annotated[tuple[Annotated[tuple[str, int], from_text(parse_listen)], ...], _WORDS]
 Listeners = Annotated[
     tuple[Annotated[Listener, from_text(parse_listener)], ...],
-    NoDecode,
     _WORDS,
     AfterValidator(_different),
 ]
 QmqpListeners = Annotated[
     tuple[Annotated[Listener, from_text(_qmqp_listener)], ...],
-    NoDecode,
     from_text(lambda text: () if text.strip().lower() == "off" else _word_list(text)),
     AfterValidator(_different),
 ]
@@ -198,18 +199,14 @@ ListensOrOff = Annotated[
 ]
 Networks = Annotated[
     tuple[Annotated[str, _checked(lambda word: word == "connected" or parse_network(word))], ...],
-    NoDecode,
     _WORDS,
 ]
 RateLimits = Annotated[
     tuple[Annotated[RateLimit, from_text(parse_rate_limit)], ...],
-    NoDecode,
     from_text(lambda text: () if text.strip().lower() == "off" else _word_list(text)),
     AfterValidator(_one_each),
 ]
-ProxyNetworkTexts = Annotated[
-    tuple[Annotated[str, _checked(_is_proxy_network)], ...], NoDecode, _WORDS
-]
+ProxyNetworkTexts = Annotated[tuple[Annotated[str, _checked(_is_proxy_network)], ...], _WORDS]
 Domains = Annotated[
     tuple[
         Annotated[
@@ -222,12 +219,9 @@ Domains = Annotated[
         ],
         ...,
     ],
-    NoDecode,
     _WORDS,
 ]
-Patterns = Annotated[
-    tuple[Annotated[str, _checked(_is_pattern)], ...], NoDecode, from_text(_pattern_list)
-]
+Patterns = Annotated[tuple[Annotated[str, _checked(_is_pattern)], ...], from_text(_pattern_list)]
 # The name in the banner, in Received fields and after `postmaster@` (RFC 5321, 4.2 and 4.4).
 Hostname = Annotated[
     str,
@@ -262,20 +256,17 @@ HeaderName = Annotated[
 ]
 PluginEntries = Annotated[
     tuple[PluginEntry, ...],
-    NoDecode,
     from_text(lambda text: parse_plugins(text, seconds)),
 ]
 AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
 
 
-class Settings(BaseSettings):
-    """The settings of every role."""
+class Settings(BaseModel):
+    """The settings of every role. They are read from the environment, unless they are given."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX, extra="ignore", frozen=True, env_ignore_empty=True
-    )
+    model_config = ConfigDict(extra="ignore", frozen=True, validate_default=True)
 
-    state_dir: AbsolutePath = Field(Path("var"), validate_default=True)
+    state_dir: AbsolutePath = Path("var")
     database_url: str = Field(
         default_factory=lambda data: f"sqlite:///{data['state_dir']}/relay.db"
     )
@@ -286,7 +277,7 @@ class Settings(BaseSettings):
     qmqp_servers: Texts = ()
     routes: Path | None = None
     webhooks: Path | None = None
-    hostname: Hostname = Field(default_factory=socket.gethostname, validate_default=True)
+    hostname: Hostname = Field(default_factory=socket.gethostname)
 
     batch_size: Count = 64
     grace: Duration = 5.0
@@ -324,8 +315,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_files(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {**_from_files(), **values}
+    def _with_environment(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {**_from_files(), **_from_environment(), **values}
 
     @model_validator(mode="after")
     def _key_has_a_certificate(self) -> Self:
@@ -424,6 +415,12 @@ def names() -> set[str]:
     return {PREFIX + field.upper() for role in ROLES for field in role.model_fields}
 
 
+def _from_environment() -> dict[str, str]:
+    """The texts of the variables, by field. An empty variable sets nothing."""
+    texts = {name: os.environ.get(name) for name in names()}
+    return {name.removeprefix(PREFIX).lower(): text for name, text in texts.items() if text}
+
+
 def _from_files() -> dict[str, str]:
     """The contents of the files that RELAY_X_FILE variables name, by field; raises SettingsError.
     Like an empty variable, an empty file sets nothing."""
@@ -498,20 +495,3 @@ def unknown_names(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
         for name in sorted(environ.keys() - known)
         if name.startswith(PREFIX) and not name.startswith("RELAY_TEST")
     }
-
-
-def redacted(text: str) -> str:
-    """A URL, or a text with one, without the password and the values of the parameters.
-
-    A password may contain characters that should have been escaped, so it reaches to the last `@`.
-    Any parameter may be a secret of a driver (`sslpassword`), so no value is shown.
-    """
-    start, scheme, rest = text.partition("://")
-    user, colon, secret = rest.partition(":")
-    secret, at, host = secret.rpartition("@")
-    if colon and at:
-        # the `@` may belong to the value of a parameter
-        if "=" in secret.partition("?")[2].rpartition("&")[2]:
-            host = host.partition("&")[2]
-        rest = f"{user}:***@{host}"
-    return _PASSWORD.sub("***", start) + scheme + _PASSWORD.sub("***", _VALUE.sub(r"\1***", rest))

@@ -4,8 +4,6 @@ the spool is the right one.
 An outage does not end a start: services start in any order, for example after a reboot.
 """
 
-import asyncio
-import gc
 import os
 from dataclasses import dataclass
 
@@ -13,7 +11,8 @@ from sqlalchemy import Engine
 
 from relay.db import engine as database
 from relay.log import first_line, get_logger
-from relay.settings import Settings, redacted, unknown_names
+from relay.redaction import redacted
+from relay.settings import Settings, unknown_names
 from relay.spool.store import Spool
 
 log = get_logger(__name__)
@@ -61,19 +60,3 @@ def _checked(settings: Settings, engine: Engine) -> DurableState:
     spool = Spool(settings.spool_dir)
     spool.prepare(engine, unsafe=settings.unsafe_durability)
     return DurableState(engine, spool)
-
-
-def new_loop() -> asyncio.AbstractEventLoop:
-    """An event loop: uvloop's if it is installed, or asyncio's, which is slower."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
-
-
-def freeze_memory() -> None:
-    """Keep the garbage collector from visiting again what exists now, because it lives as long as
-    the process. To visit it at each full collection takes 7 % of a worker's CPU."""
-    gc.collect()
-    gc.freeze()

@@ -88,12 +88,12 @@ class Content:
         if self.octets > self._limit:
             self.fault = Fault.TOO_BIG
             return b""
+        if not self._started:
+            self._started = True
+            text = text[1:]
         if not self.header.complete:
             self.header.feed(text)
             if self.header.received > MAX_RECEIVED:
                 self.fault = Fault.LOOP
                 return b""
-        if not self._started:
-            self._started = True
-            text = text[1:]
         return text

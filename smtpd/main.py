@@ -28,8 +28,9 @@ from relay.hints import FRESH, Hints, celery_app
 from relay.listeners import Listener
 from relay.log import get_logger
 from relay.routes import Routes
+from relay.runtime import freeze_memory, new_loop
 from relay.settings import SmtpdSettings
-from relay.startup import DurableState, freeze_memory, new_loop, ready
+from relay.startup import DurableState, ready
 from relay.tls import CertificatePair, certificate_pair
 from smtpd.descriptors import reserve_descriptors
 from smtpd.server import SmtpConnection

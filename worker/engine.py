@@ -32,11 +32,11 @@ from relay.queue.model import (
     Renewal,
 )
 from relay.routes import Route, Routes
+from relay.runtime import new_loop
 from relay.settings import WorkerSettings
 from relay.spool.bodies import Bodies, BodyMisplaced
 from relay.spool.journal.format import Place
 from relay.spool.store import BodyUnsendable, Spool
-from relay.startup import new_loop
 from worker.body_io import BodyIo, Opened
 from worker.circuit_breaker import ConnectionSlot, ServerPool
 from worker.damaged_bodies import RECHECK, DamagedBodies

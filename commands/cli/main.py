@@ -2,21 +2,24 @@
 those for users in `commands.cli.users`, those for events in `commands.cli.events`.
 
 A command is a thin function: it reads its settings, calls the module that does the work, and
-returns an exit status. `commands.errors.command` turns errors into sentences. Heavy modules are
+returns an exit status. `commands.cli.command` turns errors into sentences. Heavy modules are
 imported inside the commands, so that `--help` and completion answer at once (`commands.cli.start`).
 """
 
 import os
+from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from commands.cli.command import command
 from commands.cli.events import events, webhooks
 from commands.cli.queue import Json, Yes, queue
 from commands.cli.usage import DescribedCommand, GroupedCommands
 from commands.cli.users import users
-from commands.errors import DONE, command
+from commands.errors import DONE
 
 main = typer.Typer(
     name="qmqp-relay",
@@ -68,25 +71,17 @@ def up(
 @command(main, warn=False)  # its log has the warnings
 def smtpd() -> int:
     """Run the SMTP server."""
-    from relay.log import configure
-    from relay.settings import SmtpdSettings, load
-    from smtpd.main import run
+    from commands.services import smtpd
 
-    settings = load(SmtpdSettings)
-    configure(settings)
-    return run(settings)
+    return smtpd()
 
 
 @command(main, warn=False)
 def worker() -> int:
     """Run a delivery worker, as `celery -A worker.app worker` does."""
-    from relay.settings import WorkerSettings, load
+    from commands.services import worker
 
-    settings = load(WorkerSettings)
-    # This module reads the settings too, and ends the process for a bad one.
-    from worker.app import run
-
-    return run(settings)
+    return worker()
 
 
 @command(main)
@@ -98,7 +93,8 @@ def migrate(
     """Create or upgrade the tables of the database. Waits for a migration that already runs."""
     from relay.db.engine import migrate
     from relay.log import configure
-    from relay.settings import Settings, load, redacted
+    from relay.redaction import redacted
+    from relay.settings import Settings, load
 
     settings = load(Settings)
     configure(settings)
@@ -147,7 +143,7 @@ def sink(
     return DONE
 
 
-@main.command(cls=DescribedCommand)
+@main.command("demo", cls=DescribedCommand)
 def demo() -> None:
     """Send messages through a temporary relay. Prints their states, and whether they are as
     expected."""
@@ -248,6 +244,22 @@ def web() -> int:
     settings = load(SmtpdSettings)
     configure(settings)
     return run(settings)
+
+
+def app_for(words: Sequence[str]) -> typer.Typer:
+    """The app that understands these words: `main`, or if they begin with the name of a command of
+    the queue or of this module, the same with that command alone.
+
+    Typer makes the options of each command that it knows, which takes longer than a short command
+    runs.
+    """
+    name = words[0] if words else None
+    known = [info for app in (main, queue) for info in app.registered_commands if info.name == name]
+    if not known:
+        return main
+    app = copy(main)
+    app.registered_commands, app.registered_groups = known, []
+    return app
 
 
 main.add_typer(queue)

@@ -22,7 +22,8 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from commands.errors import DONE, OUT_OF_REACH, WRONG_USE
-from commands.ops.show import mounted_spool, opened
+from commands.ops.database import opened
+from commands.ops.show import mounted_spool
 from commands.output import size, span, write
 from commands.standalone import valkey
 from plugins.loader import load as load_plugins
@@ -34,9 +35,10 @@ from relay.events.webhooks import SecretError, load_webhooks, read_secrets
 from relay.hints import QUEUES
 from relay.log import escaped, first_line
 from relay.queue.uncommitted import journal_lag
+from relay.redaction import redacted
 from relay.report.queries import QueueReader
 from relay.routes import Routes, Server
-from relay.settings import Settings, SettingsError, SmtpdSettings, WorkerSettings, load, redacted
+from relay.settings import Settings, SettingsError, SmtpdSettings, WorkerSettings, load
 from relay.spool.mark import SpoolMark
 from relay.spool.store import file_system
 from relay.tls import DAY, WARN_DAYS, CertificateError, load_pair

@@ -35,11 +35,11 @@ from commands.standalone import valkey
 from commands.standalone.supervisor import Child
 from relay.listeners import Listener, format_address
 from relay.log import configure, get_logger
+from relay.redaction import redacted
 from relay.settings import (
     SmtpdSettings,
     WorkerSettings,
     load,
-    redacted,
     unknown_names,
 )
 from relay.spool.store import Spool

@@ -304,7 +304,7 @@ def test_the_message_id_is_read_from_the_header_alone(header: bytes, found: str 
         assert content.header.message_id == found
 
 
-@pytest.mark.parametrize("blank", [b" ", b"\t"])
+@pytest.mark.parametrize("blank", [b" ", b"\t", b"\r ", b"\r\r\t"])
 def test_content_that_begins_with_a_continuation_has_no_header(blank: bytes) -> None:
     wire = (
         blank
@@ -313,7 +313,8 @@ def test_content_that_begins_with_a_continuation_has_no_header(blank: bytes) -> 
         + b"Message-ID: <a@b>\r\n\r\n.\r\n"
     )
     for size in (1, 3, len(wire)):
-        content, _, _ = decode(wire[i : i + size] for i in range(0, len(wire), size))
+        pieces = (wire[i : i + size] for i in range(0, len(wire), size))
+        content, _, _ = decode(pieces, strip_cr=True)
         assert (content.header.message_id, content.fault) == (None, None)
 
 

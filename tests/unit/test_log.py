@@ -140,6 +140,18 @@ def test_console_format_can_be_searched_as_the_log_of_postfix(
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ ", line), "a file needs dates"
 
 
+def test_console_format_shows_no_values_of_variables(said: Callable[[], str]) -> None:
+    configure(load(Settings, log_format="console"))
+    password = "s3cret"
+    try:
+        raise ValueError(len(password))
+    except ValueError:
+        get_logger("x").exception("failed")
+    text = said()
+    assert "ValueError: 6" in text
+    assert text.count("s3cret") == 0
+
+
 @pytest.mark.parametrize(
     ("raw", "text"),
     [

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from relay import settings as module
 from relay.listeners import Listener, parse_listen
+from relay.redaction import redacted
 from relay.settings import (
     ROLES,
     Settings,
@@ -20,7 +21,6 @@ from relay.settings import (
     WorkerSettings,
     load,
     names,
-    redacted,
     seconds,
     size,
     unknown_names,
@@ -100,6 +100,18 @@ def test_settings_are_read_from_the_environment(environment: pytest.MonkeyPatch)
     )
     assert found.client_networks == ("10.0.0.0/8", "192.168.0.0/16")
     assert found.grace == 5.0, "empty is not given"
+
+
+def test_a_name_in_lower_case_is_no_setting(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("relay_grace", "9s")
+    environment.setenv("RELAY_Grace", "9s")
+    assert load(Settings).grace == 5.0
+    assert unknown_names() == {"RELAY_Grace": "RELAY_GRACE"}
+
+
+def test_a_given_value_comes_before_the_environment(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("RELAY_GRACE", "9s")
+    assert (load(Settings).grace, load(Settings, grace=7.0).grace) == (9, 7)
 
 
 @pytest.mark.parametrize(
