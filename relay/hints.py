@@ -19,11 +19,11 @@ from celery import Celery
 from kombu.entity import Exchange, Queue
 
 from relay import metrics
+from relay.hint_entry import TASK
 from relay.log import first_line, get_logger
 from relay.settings import Settings
 
 log = get_logger(__name__)
-TASK = "deliver"
 FRESH, RETRY = "fresh", "retry"
 QUEUES = (FRESH, RETRY)
 # No hint is published while the list is longer than this (in Celery messages): workers poll SQL.

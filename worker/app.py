@@ -33,7 +33,8 @@ from relay.dsn.generator import DsnGenerator
 from relay.events.outbox import Outbox
 from relay.events.subscriptions import Subscriptions
 from relay.events.webhooks import Webhook, load_webhooks
-from relay.hints import QUEUES, RETRY, TASK, Hints, celery_app
+from relay.hint_entry import TASK
+from relay.hints import QUEUES, RETRY, Hints, celery_app
 from relay.log import configure, get_logger
 from relay.queue.claim import WorkerQueue
 from relay.queue.operations import QueueOperations

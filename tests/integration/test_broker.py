@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from relay.hints import FRESH, RETRY, TASK, WINDOW, Hints, celery_app
+from relay.hint_entry import TASK
+from relay.hints import FRESH, RETRY, WINDOW, Hints, celery_app
 from relay.ids import new_id
 from relay.settings import Settings, load
 from tests.services import Broker

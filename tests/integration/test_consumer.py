@@ -11,13 +11,13 @@ import pytest
 from celery import Celery
 
 from qmqp.sink import running_sink
+from relay.hint_entry import entry_of
 from relay.hints import FRESH, Hints, celery_app
 from relay.ids import new_id
 from tests import services
 from tests.integration.test_worker_app import WorkerProcesses, processes
 from tests.services import Broker
 from tests.waiting import until
-from worker.consumer import entry_of
 
 __all__ = ["processes"]
 LIST = "qmqp-relay:fresh"
