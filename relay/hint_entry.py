@@ -1,5 +1,9 @@
 """The entry of a hint in the broker's list: a Celery message with ids by route.
 
+Celery documents the message ("Message Protocol", version 2). kombu's Redis transport keeps it as
+one JSON object. `entry_of` writes it in a tenth of a millisecond, and publishers need no Celery,
+which would take 20 MiB of smtpd.
+
 Anybody who reaches the broker can put anything into its lists. kombu decodes an entry with
 `json.loads`, whose errors end the process; an entry may also name a compression, a time, callbacks.
 So only the ids of a hint are taken from an entry, and Celery gets a new entry with them.
@@ -9,8 +13,7 @@ import base64
 import itertools
 import json
 import re
-
-from kombu.utils.uuid import uuid
+from uuid import uuid4
 
 TASK = "deliver"
 # Bytes of an entry: in all but its ids, and for each id (43 in JSON and base64).
@@ -53,7 +56,7 @@ def hinted(entry: bytes, most: int) -> dict[str, list[str]]:
 
 def entry_of(ids: dict[str, list[str]], queue: str) -> bytes:
     """A new entry for these ids, as Celery writes it."""
-    task_id = uuid()
+    task_id = str(uuid4())
     headers = {
         "lang": "py",
         "task": TASK,
@@ -72,7 +75,7 @@ def entry_of(ids: dict[str, list[str]], queue: str) -> bytes:
     properties = {
         "correlation_id": task_id,
         "delivery_mode": 2,
-        "delivery_tag": uuid(),
+        "delivery_tag": str(uuid4()),
         "priority": 0,
         "body_encoding": "base64",
         "delivery_info": {"exchange": "", "routing_key": queue},
