@@ -58,7 +58,7 @@ def command[**P](
                 status = known
             raise typer.Exit(status)
 
-        return app.command(name, cls=DescribedCommand)(run)
+        return app.command(name or function.__name__, cls=DescribedCommand)(run)
 
     return add
 

@@ -22,8 +22,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from relay.listeners import Listener, parse_listen, parse_listener
 from relay.plugin_entries import PluginEntry, parse_plugins
@@ -175,19 +182,15 @@ Duration = Annotated[float, from_text(seconds), Field(gt=0)]
 Span = Annotated[float, from_text(seconds), Field(ge=0)]
 Size = Annotated[int, from_text(size), Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
-Texts = Annotated[tuple[str, ...], NoDecode, _WORDS]
-Listens = Annotated[
-    tuple[Annotated[tuple[str, int], from_text(parse_listen)], ...], NoDecode, _WORDS
-]
+Texts = Annotated[tuple[str, ...], _WORDS]
+Listens = Annotated[tuple[Annotated[tuple[str, int], from_text(parse_listen)], ...], _WORDS]
 Listeners = Annotated[
     tuple[Annotated[Listener, from_text(parse_listener)], ...],
-    NoDecode,
     _WORDS,
     AfterValidator(_different),
 ]
 QmqpListeners = Annotated[
     tuple[Annotated[Listener, from_text(_qmqp_listener)], ...],
-    NoDecode,
     from_text(lambda text: () if text.strip().lower() == "off" else _word_list(text)),
     AfterValidator(_different),
 ]
@@ -196,18 +199,14 @@ ListensOrOff = Annotated[
 ]
 Networks = Annotated[
     tuple[Annotated[str, _checked(lambda word: word == "connected" or parse_network(word))], ...],
-    NoDecode,
     _WORDS,
 ]
 RateLimits = Annotated[
     tuple[Annotated[RateLimit, from_text(parse_rate_limit)], ...],
-    NoDecode,
     from_text(lambda text: () if text.strip().lower() == "off" else _word_list(text)),
     AfterValidator(_one_each),
 ]
-ProxyNetworkTexts = Annotated[
-    tuple[Annotated[str, _checked(_is_proxy_network)], ...], NoDecode, _WORDS
-]
+ProxyNetworkTexts = Annotated[tuple[Annotated[str, _checked(_is_proxy_network)], ...], _WORDS]
 Domains = Annotated[
     tuple[
         Annotated[
@@ -220,12 +219,9 @@ Domains = Annotated[
         ],
         ...,
     ],
-    NoDecode,
     _WORDS,
 ]
-Patterns = Annotated[
-    tuple[Annotated[str, _checked(_is_pattern)], ...], NoDecode, from_text(_pattern_list)
-]
+Patterns = Annotated[tuple[Annotated[str, _checked(_is_pattern)], ...], from_text(_pattern_list)]
 # The name in the banner, in Received fields and after `postmaster@` (RFC 5321, 4.2 and 4.4).
 Hostname = Annotated[
     str,
@@ -260,20 +256,17 @@ HeaderName = Annotated[
 ]
 PluginEntries = Annotated[
     tuple[PluginEntry, ...],
-    NoDecode,
     from_text(lambda text: parse_plugins(text, seconds)),
 ]
 AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
 
 
-class Settings(BaseSettings):
-    """The settings of every role."""
+class Settings(BaseModel):
+    """The settings of every role. They are read from the environment, unless they are given."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX, extra="ignore", frozen=True, env_ignore_empty=True
-    )
+    model_config = ConfigDict(extra="ignore", frozen=True, validate_default=True)
 
-    state_dir: AbsolutePath = Field(Path("var"), validate_default=True)
+    state_dir: AbsolutePath = Path("var")
     database_url: str = Field(
         default_factory=lambda data: f"sqlite:///{data['state_dir']}/relay.db"
     )
@@ -284,7 +277,7 @@ class Settings(BaseSettings):
     qmqp_servers: Texts = ()
     routes: Path | None = None
     webhooks: Path | None = None
-    hostname: Hostname = Field(default_factory=socket.gethostname, validate_default=True)
+    hostname: Hostname = Field(default_factory=socket.gethostname)
 
     batch_size: Count = 64
     grace: Duration = 5.0
@@ -322,8 +315,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_files(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {**_from_files(), **values}
+    def _with_environment(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {**_from_files(), **_from_environment(), **values}
 
     @model_validator(mode="after")
     def _key_has_a_certificate(self) -> Self:
@@ -420,6 +413,12 @@ ROLES: tuple[type[Settings], ...] = (Settings, SmtpdSettings, WorkerSettings)
 def names() -> set[str]:
     """The variables of all roles."""
     return {PREFIX + field.upper() for role in ROLES for field in role.model_fields}
+
+
+def _from_environment() -> dict[str, str]:
+    """The texts of the variables, by field. An empty variable sets nothing."""
+    texts = {name: os.environ.get(name) for name in names()}
+    return {name.removeprefix(PREFIX).lower(): text for name, text in texts.items() if text}
 
 
 def _from_files() -> dict[str, str]:

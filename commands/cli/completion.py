@@ -8,7 +8,7 @@ appear in the command line that is being typed.
 import contextlib
 import threading
 
-from commands.ops.show import opened
+from commands.ops.database import opened
 from relay.report.queries import QueueReader
 from relay.settings import Settings, load
 

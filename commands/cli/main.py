@@ -7,6 +7,8 @@ imported inside the commands, so that `--help` and completion answer at once (`c
 """
 
 import os
+from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Annotated
 
@@ -148,7 +150,7 @@ def sink(
     return DONE
 
 
-@main.command(cls=DescribedCommand)
+@main.command("demo", cls=DescribedCommand)
 def demo() -> None:
     """Send messages through a temporary relay. Prints their states, and whether they are as
     expected."""
@@ -249,6 +251,22 @@ def web() -> int:
     settings = load(SmtpdSettings)
     configure(settings)
     return run(settings)
+
+
+def app_for(words: Sequence[str]) -> typer.Typer:
+    """The app that understands these words: `main`, or if they begin with the name of a command of
+    the queue or of this module, the same with that command alone.
+
+    Typer makes the options of each command that it knows, which takes longer than a short command
+    runs.
+    """
+    name = words[0] if words else None
+    known = [info for app in (main, queue) for info in app.registered_commands if info.name == name]
+    if not known:
+        return main
+    app = copy(main)
+    app.registered_commands, app.registered_groups = known, []
+    return app
 
 
 main.add_typer(queue)

@@ -271,7 +271,7 @@ def list_(
 ) -> int:
     """List the queue, a line for each recipient, oldest first."""
     from commands.ops.listing import ListOptions, list_queue
-    from commands.ops.show import watched
+    from commands.ops.watch import watched
 
     options = ListOptions(
         everything=everything,
@@ -287,7 +287,8 @@ def list_(
 def show(queue_id: Id, watch: Watch = None, local: Local = False, json_lines: Json = False) -> int:
     """Show everything about a message. Prints envelope, deliveries, and every attempt with its
     reply."""
-    from commands.ops.show import show_message, watched
+    from commands.ops.show import show_message
+    from commands.ops.watch import watched
     from commands.output import local_times
 
     with local_times(local):
@@ -297,7 +298,8 @@ def show(queue_id: Id, watch: Watch = None, local: Local = False, json_lines: Js
 @command(queue)
 def why(queue_id: Id, watch: Watch = None, local: Local = False, json_lines: Json = False) -> int:
     """Say why a message is not being sent now, and when it will be."""
-    from commands.ops.show import show_why, watched
+    from commands.ops.show import show_why
+    from commands.ops.watch import watched
     from commands.output import local_times
 
     with local_times(local):
@@ -323,7 +325,8 @@ def body(queue_id: Id) -> int:
 @command(queue)
 def stats(watch: Watch = None, local: Local = False, json_lines: Json = False) -> int:
     """Count the queue by state and age. Also prints workers, servers, rates and slow attempts."""
-    from commands.ops.show import show_stats, watched
+    from commands.ops.show import show_stats
+    from commands.ops.watch import watched
     from commands.output import local_times
 
     with local_times(local):
@@ -341,7 +344,7 @@ def problems(
 ) -> int:
     """Show what is wrong now, and the next command to type. Exits with status 1 if anything is."""
     from commands.ops.problems import show_problems
-    from commands.ops.show import watched
+    from commands.ops.watch import watched
 
     shown = form_of(form, json_lines=json_lines)
     return watched(watch, lambda: show_problems(form=shown, nagios=nagios))

@@ -23,6 +23,8 @@ def main() -> None:
     """Run the command of the arguments, and end the process."""
     if SERVICES.isdisjoint(sys.argv[1:2]):
         gc.set_threshold(THRESHOLD)
+        # Pydantic reads what each installed package declares, in search of plugins for itself.
+        os.environ["PYDANTIC_DISABLE_PLUGINS"] = "1"
         _end(_status())
     if sys.argv[1:] in (["smtpd"], ["worker"]) and not sys.flags.optimize and _has_bytecode():
         program = [sys.orig_argv[0], "-OO", *sys.orig_argv[1:]]
@@ -39,9 +41,9 @@ def _has_bytecode() -> bool:
 
 
 def _run() -> None:
-    from commands.cli.main import main as commands
+    from commands.cli.main import app_for
 
-    commands(prog_name="qmqp-relay")
+    app_for(sys.argv[1:])(prog_name="qmqp-relay")
 
 
 def _status() -> int:

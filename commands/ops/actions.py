@@ -8,7 +8,7 @@ and servers while it was unfinished. What must stay true: reading changes nothin
 from functools import partial
 
 from commands.errors import DONE, NOTHING_MATCHED, say
-from commands.ops.show import opened
+from commands.ops.database import opened
 from commands.output import Columns, stamp, write
 from relay.report.filters import like
 from relay.report.queries import QueueReader

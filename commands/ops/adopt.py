@@ -16,8 +16,9 @@ from typing import NamedTuple
 from sqlalchemy import Engine
 
 from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, CommandError, say
+from commands.ops.database import opened
 from commands.ops.modify import actor, confirmed
-from commands.ops.show import mounted_spool, opened
+from commands.ops.show import mounted_spool
 from commands.output import span
 from reception.replay import replay, to_replay
 from relay.db.engine import writing

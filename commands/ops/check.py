@@ -22,7 +22,8 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from commands.errors import DONE, OUT_OF_REACH, WRONG_USE
-from commands.ops.show import mounted_spool, opened
+from commands.ops.database import opened
+from commands.ops.show import mounted_spool
 from commands.output import size, span, write
 from commands.standalone import valkey
 from plugins.loader import load as load_plugins

@@ -15,8 +15,8 @@ from typing import Any
 import typer
 
 from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, WRONG_USE, CommandError, say
+from commands.ops.database import opened
 from commands.ops.modify import actor
-from commands.ops.show import opened
 from commands.output import Columns, ago, as_json, cut, plain, stamp, write
 from relay.events.model import EventType, MailEvent, instant
 from relay.events.outbox import EventFilter, Outbox

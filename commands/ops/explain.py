@@ -18,7 +18,7 @@ from relay.queue.outcome import Outcome
 from relay.queue.split import can_carry
 from relay.queue.states import UNFINISHED, ReasonSource, State
 from relay.report.queries import QueueReader
-from relay.report.rows import DeliveryRow, DsnRow, MessageRow, PauseRow, WorkerRow
+from relay.report.records import DeliveryRow, DsnRow, MessageRow, PauseRow, WorkerRow
 from relay.routes import Routes
 from relay.settings import Settings, SettingsError
 

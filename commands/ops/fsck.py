@@ -25,9 +25,10 @@ from sqlalchemy import Engine
 
 from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, CommandError, say
 from commands.ops.check import broker_lists
+from commands.ops.database import opened
 from commands.ops.modify import actor
 from commands.ops.rebuild import Rebuilder
-from commands.ops.show import mounted_spool, opened
+from commands.ops.show import mounted_spool
 from commands.output import counted, span, write
 from relay.db.engine import reading, writing
 from relay.db.sql import Queries

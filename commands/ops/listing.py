@@ -8,7 +8,8 @@ a table shortens a value.
 from dataclasses import dataclass
 
 from commands.errors import DONE, NOTHING_MATCHED, WRONG_USE, CommandError, say
-from commands.ops.show import COLUMNS, LISTED, columns_of, opened, resolved
+from commands.ops.columns import COLUMNS, LISTED, columns_of
+from commands.ops.database import opened, resolved
 from commands.output import Columns, write, write_lines
 from relay.report.filters import Filter
 from relay.report.queries import COUNT_KEYS, QueueReader

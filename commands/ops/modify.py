@@ -18,7 +18,9 @@ import typer
 from sqlalchemy import Engine
 
 from commands.errors import DONE, INTERRUPTED, NOTHING_MATCHED, WRONG_USE, CommandError, say
-from commands.ops.show import COLUMNS, mounted_spool, opened, resolved
+from commands.ops.columns import COLUMNS
+from commands.ops.database import opened, resolved
+from commands.ops.show import mounted_spool
 from commands.ops.uncommitted import journal_answers
 from commands.output import as_json, counted, write
 from relay.queue.operations import OPERATIONS, REROUTE, Operation, QueueOperations

@@ -15,7 +15,8 @@ import typer
 from sqlalchemy import Engine
 
 from commands.errors import DONE, explanation, say
-from commands.ops.show import disk_of, mounted_spool, opened
+from commands.ops.database import opened
+from commands.ops.show import disk_of, mounted_spool
 from commands.output import Columns, ago, plain, write
 from relay.queue.uncommitted import journal_lag
 from relay.report.problems import (

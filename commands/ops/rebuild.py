@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import Engine
 
 from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, CommandError, say
+from commands.ops.database import opened
 from commands.ops.modify import actor, confirmed
-from commands.ops.show import opened
 from commands.output import as_json, counted, span
 from relay.db.engine import check_schema, reading, writing
 from relay.db.sql import Queries

@@ -10,39 +10,35 @@ import itertools
 import os
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
-from sqlalchemy import Engine
 
-from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, CommandError, explanation, say
+from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, CommandError, say
 from commands.ops import explain
+from commands.ops.columns import ID_DIGITS, circuit_of, headed
+from commands.ops.database import opened
 from commands.ops.uncommitted import NotInDatabase, journal_answers
 from commands.output import (
     Columns,
     ago,
     as_json,
     counted,
-    cut,
-    due,
     folded,
     plain,
-    size,
     span,
     stamp,
     write,
 )
-from relay.db import engine as database
 from relay.queue.outcome import Outcome
 from relay.queue.states import UNFINISHED
 from relay.queue.uncommitted import journal_lag
-from relay.report.filters import Filter
 from relay.report.queries import QueueReader
-from relay.report.rows import DsnRow, MessageRow, Row
+from relay.report.records import DsnRow, MessageRow
+from relay.report.rows import Row
 from relay.report.statistics import AGES, Statistics
 from relay.settings import Settings, load
 from relay.spool.bodies import Bodies
@@ -51,124 +47,52 @@ from relay.spool.journal.format import Place
 from relay.spool.segments import SegmentStore
 from relay.spool.store import BodyUnsendable, Spool
 
-ID_DIGITS = 12  # a table shows the end of an id: these digits are random, and find the message
 POSSIBLY_DELIVERED = (Outcome.UNCERTAIN, Outcome.MALFORMED)
 MAX_WORKERS = 50  # that a table shows
 MAX_HEADER = 64 << 10  # octets of a header that the page shows
 
 
-_CELLS: dict[str, Callable[[Any], str]] = {
-    **dict.fromkeys(("sender", "recipient"), lambda address: cut(address, 28)),
-    **dict.fromkeys(("id", "queue_id"), lambda queue_id: str(queue_id[-ID_DIGITS:])),
-    **dict.fromkeys(
-        ("size", "bytes", "bytes_sent", "disk", "live", "free_bytes", "total_bytes"), size
-    ),
-    **dict.fromkeys((*AGES, "older"), lambda count: str(count or "")),
-    **dict.fromkeys(("started_at", "acted_at"), stamp),
-    **dict.fromkeys(("oldest_seconds", "lag_seconds", "drain_seconds"), span),
-    "seconds": "{:.3f}s".format,
-}
-
-
-def _cell(name: str) -> Callable[[Row], str]:
-    """How a table shows the value of that name."""
-    empty = "<>" if name == "sender" else ""
-    form = _CELLS.get(name, ago if name.endswith("_at") else str)
-    return lambda row: empty if row[name] in (None, "") else form(row[name])
-
-
-def _columns(headings: str) -> Columns:
-    """Columns from words `HEADING=name`; a name that equals its heading in lower case is left
-    out."""
-    pairs = (word.partition("=")[::2] for word in headings.split())
-    return {heading.replace("_", " "): _cell(name or heading.lower()) for heading, name in pairs}
-
-
-def columns_of(*names: str) -> Columns:
-    """Columns with the names of the values in capitals."""
-    return {name.removesuffix("_at").replace("_", " ").upper(): _cell(name) for name in names}
-
-
-def circuit_of(row: Row) -> str:
-    """Why nothing is sent to a server now; empty when it is sent to."""
-    if row["paused_at"]:
-        return f"paused for {ago(row['paused_at'])}"
-    return f"circuit open: {row['circuit_open_reason']}" if row["circuit_open_workers"] else ""
-
-
-def _next(row: Row) -> str:
-    """When a delivery is tried next, or for how long it has waited behind a pause."""
-    return f"paused {ago(row['paused_at'])}" if row["paused_at"] else due(row["next_at"])
-
-
-COLUMNS: Columns = {
-    **_columns(
-        "ID=queue_id STATE AGE=received_at SIZE SENDER RECIPIENT FOR=servers TRIES=attempts"
-    ),
-    "NEXT": _next,
-    **_columns("REASON"),
-}
-# The columns of the view that COLUMNS shows.
-LISTED = (
-    "queue_id, state, received_at, size, sender, recipient, servers, attempts, next_at, paused_at,"
-    " reason"
-)
 _ATTEMPTS: Columns = {
     "TRY": lambda row: f"{row['delivery']}.{row['claim']}.{row['attempt_index']}",
-    **_columns("AT=started_at"),
+    **headed("AT=started_at"),
     "TOOK": lambda row: f"{(row['finished_at'] - row['started_at']).total_seconds():.3f}s",
-    **_columns("SERVER BYTES=bytes_sent OUTCOME REPLY"),
+    **headed("SERVER BYTES=bytes_sent OUTCOME REPLY"),
 }
 _WORKERS: Columns = {
-    **_columns("WORKER=id"),
+    **headed("WORKER=id"),
     "HOST": lambda row: f"{row['host']} {row['pid']}",
-    **_columns("STARTED=started_at"),
+    **headed("STARTED=started_at"),
     "LEASE": lambda row: ago(row["lease_expires_at"]) if row["alive"] else "expired",
-    **_columns("SENDING VERSION"),
+    **headed("SENDING VERSION"),
 }
 OUTCOMES = ("delivered", "deferred", "rejected", "unreachable", "interrupted", "uncertain")
 _SERVERS: Columns = {
-    **_columns("SERVER WAITING TRIES=attempts LAST=last_at"),
+    **headed("SERVER WAITING TRIES=attempts LAST=last_at"),
     "OUTCOMES": lambda row: ", ".join(f"{row[name]} {name}" for name in OUTCOMES if row[name]),
     "NOW": circuit_of,
 }
-_SUMMARY = _columns("STATE ROUTE DELIVERIES BYTES OLDEST=oldest_seconds OVERDUE PAUSED")
-_PAUSES = _columns("PAUSED=subject SINCE=paused_at BY=actor DELIVERIES REASON")
-_JOURNAL = _columns("WITHOUT_ROWS=messages BYTES FOR=lag_seconds SEGMENTS DISK LIVE")
-_RECEIVED = _columns("LAST_MINUTE LAST_HOUR BYTES")
+_SUMMARY = headed("STATE ROUTE DELIVERIES BYTES OLDEST=oldest_seconds OVERDUE PAUSED")
+_PAUSES = headed("PAUSED=subject SINCE=paused_at BY=actor DELIVERIES REASON")
+_JOURNAL = headed("WITHOUT_ROWS=messages BYTES FOR=lag_seconds SEGMENTS DISK LIVE")
+_RECEIVED = headed("LAST_MINUTE LAST_HOUR BYTES")
 _LIMITED: Columns = {
     "LIMIT": lambda row: f"{row['subject']}-{row['what']}",
     "NAME": lambda row: row["name"] or "(others)",
-    **_columns("REFUSED LAST=last_at"),
+    **headed("REFUSED LAST=last_at"),
 }
-_RATES = _columns("OUTCOME LAST_MINUTE LAST_HOUR BYTES=bytes_sent MEAN=seconds")
-_FLOW = _columns("MINUTES IN=received OUT=finished WAITING DRAINED_IN=drain_seconds")
-_VERSIONS = _columns(
+_RATES = headed("OUTCOME LAST_MINUTE LAST_HOUR BYTES=bytes_sent MEAN=seconds")
+_FLOW = headed("MINUTES IN=received OUT=finished WAITING DRAINED_IN=drain_seconds")
+_VERSIONS = headed(
     "VERSION SINCE=started_at WORKERS TRIES=attempts DELIVERED DEFERRED REJECTED FAILED UNCERTAIN"
 )
-_DISK = _columns("FREE=free_bytes SIZE=total_bytes DIRECTORY")
-_SLOWEST = _columns("ID=queue_id TOOK=seconds SERVER BYTES=bytes_sent OUTCOME REPLY")
+_DISK = headed("FREE=free_bytes SIZE=total_bytes DIRECTORY")
+_SLOWEST = headed("ID=queue_id TOOK=seconds SERVER BYTES=bytes_sent OUTCOME REPLY")
 _AGES: Columns = {
-    **_columns(
+    **headed(
         f"RECIPIENTS=waiting {' '.join(f'{age.replace("under", "<")}={age}' for age in AGES)} older"
     ),
     "DOMAIN": lambda row: row["domain"] or f"({row['domains']} more)",
 }
-
-
-@contextlib.contextmanager
-def opened(settings: Settings) -> Iterator[Engine]:
-    """The database, closed at the end; raises DatabaseError if a SQLite file does not exist."""
-    url = database.normalized(settings.database_url)
-    if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
-        raise database.DatabaseError(
-            f"there is no database {url.database} yet: run `qmqp-relay up` or `qmqp-relay migrate`"
-        )
-    engine = database.connect(settings.database_url)
-    try:
-        yield engine
-    finally:
-        engine.dispose()
 
 
 def mounted_spool(settings: Settings, queue: QueueReader) -> Spool | None:
@@ -178,38 +102,6 @@ def mounted_spool(settings: Settings, queue: QueueReader) -> Spool | None:
         if spool.identity and spool.identity == queue.spool_id():
             return spool
     return None
-
-
-def resolved(queue: QueueReader, filter_: Filter) -> Filter:
-    """The filter with its id in full; raises NoSuchMessage."""
-    return filter_ if filter_.id is None else replace(filter_, id=queue.resolve(filter_.id))
-
-
-def watched(
-    interval: float | None, run: Callable[[], int], pause: Callable[[float], None] = time.sleep
-) -> int:
-    """Run once, or every `interval` seconds until Ctrl-C on a cleared screen; the exit status.
-
-    While a command is repeated, a database that is out of reach is reported and tried again.
-    """
-    status = DONE
-    with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            if interval and sys.stdout.isatty():
-                typer.echo("\x1b[H\x1b[2J", nl=False)
-            try:
-                status = run()
-            except Exception as error:
-                known, text = explanation(error)
-                if not interval or known != OUT_OF_REACH:
-                    raise
-                status = known
-                say(text)
-            if not interval:
-                return status
-            sys.stdout.flush()
-            pause(interval)
-    return status
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 import typer
 
 from commands.errors import DONE, NOTHING_MATCHED, WRONG_USE, CommandError, say
+from commands.ops.database import opened
 from commands.ops.modify import actor
-from commands.ops.show import opened
 from commands.output import Columns, ago, as_json, write
 from relay import passwords
 from relay.report.rows import Row

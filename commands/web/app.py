@@ -25,7 +25,7 @@ from starlette.responses import FileResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from commands.errors import DONE, WRONG_USE, CommandError
-from commands.ops.show import opened
+from commands.ops.database import opened
 from commands.web.access import Access, LoginNeeded, Visitor
 from commands.web.acting import NAMES
 from commands.web.connection import TimedProtocol

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from commands.output import size
-from relay.report.rows import DsnRow, MessageRow, Row
+from relay.report.records import DsnRow, MessageRow
+from relay.report.rows import Row
 
 
 def timeline(

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import batched, chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from sqlalchemy import CursorResult, Engine, text
@@ -25,17 +25,11 @@ from relay.ids import dashed
 from relay.queue.states import UNFINISHED, State
 from relay.report.filters import SPELLINGS, Filter, spelled
 from relay.report.masking import masked
-from relay.report.rows import (
-    AttemptRow,
-    DeliveryRow,
-    DsnRow,
-    MessageRow,
-    PauseRow,
-    RecipientRow,
-    Row,
-    SegmentPosition,
-    WorkerRow,
-)
+from relay.report.rows import Row, SegmentPosition
+
+if TYPE_CHECKING:
+    # A list needs none of them, and to make the classes takes a while.
+    from relay.report.records import DsnRow, MessageRow, PauseRow, WorkerRow
 
 _FEW = 1000  # rows that are sorted, or held in memory, at once
 LIST_TIMEOUT = 3600  # seconds for the reader of a list, so that no snapshot stays open for good
@@ -336,8 +330,10 @@ class QueueReader(Reader):
             raise NoSuchMessage(f"more than one id ends in {digits}: {', '.join(ids)}")
         return ids[0]
 
-    def message(self, queue_id: str) -> MessageRow:
+    def message(self, queue_id: str) -> "MessageRow":
         """One message with its recipients, deliveries and attempts; raises NoSuchMessage."""
+        from relay.report.records import AttemptRow, DeliveryRow, MessageRow, RecipientRow
+
         key = dashed(queue_id)
         rows = self.read("message", id=key)
         if not rows:
@@ -349,8 +345,10 @@ class QueueReader(Reader):
             attempts=[AttemptRow(**row) for row in self.read("attempts", id=key)],
         )
 
-    def dsns(self, queue_id: str) -> list[DsnRow]:
+    def dsns(self, queue_id: str) -> "list[DsnRow]":
         """The DSNs about a message, oldest first."""
+        from relay.report.records import DsnRow
+
         return [DsnRow(**row) for row in self.read("dsns", id=dashed(queue_id))]
 
     def operations_on(self, queue_id: str) -> list[Row]:
@@ -378,12 +376,16 @@ class QueueReader(Reader):
         rows = self.read("spool_id")
         return str(rows[0]["id"]) if rows else None
 
-    def pauses(self) -> list[PauseRow]:
+    def pauses(self) -> "list[PauseRow]":
         """Paused routes and servers."""
+        from relay.report.records import PauseRow
+
         return [PauseRow(**row) for row in self.read("pauses")]
 
-    def workers(self) -> list[WorkerRow]:
+    def workers(self) -> "list[WorkerRow]":
         """Workers: first all that have not ended, then the last that have."""
+        from relay.report.records import WorkerRow
+
         return [
             # SQLite has neither booleans nor JSON.
             WorkerRow(

@@ -17,7 +17,7 @@ from relay import passwords
 from relay.queue.operations import QueueOperations
 from relay.queue.outcome import Outcome
 from relay.report.queries import QueueReader
-from relay.report.rows import WorkerRow
+from relay.report.records import WorkerRow
 from relay.spool.store import Spool
 from relay.users import Role, Users
 from tests.acceptance.console import HOSTILE, LONG, Browser, Scenario, browsing, scenario

@@ -22,6 +22,8 @@ from typer.testing import CliRunner
 from commands.cli import completion
 from commands.cli.main import main
 from commands.ops import show
+from commands.ops.columns import COLUMNS, circuit_of
+from commands.ops.watch import watched
 from commands.output import write, write_lines
 from relay.db.engine import connect, reading
 from relay.db.sql import named_statements
@@ -377,7 +379,7 @@ def test_a_queue_fits_the_terminal(
     queue.complete(queue.claim(queue_id)[0], Outcome.DEFERRED, reply=reply)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", str(width))
-    assert write(QueueReader(queue.database).rows(Filter()), show.COLUMNS) == 1
+    assert write(QueueReader(queue.database).rows(Filter()), COLUMNS) == 1
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= width
     assert queue_id[-12:] in shown
@@ -393,9 +395,9 @@ def test_watch_goes_on_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> N
         if len(pauses) == 3:
             raise KeyboardInterrupt
 
-    assert show.watched(2.0, lambda: 1, pause) == 1
+    assert watched(2.0, lambda: 1, pause) == 1
     assert pauses == [2.0, 2.0, 2.0]
-    assert show.watched(None, lambda: 0, pause) == 0
+    assert watched(None, lambda: 0, pause) == 0
     assert len(pauses) == 3
 
 
@@ -416,12 +418,12 @@ def test_an_outage_does_not_end_a_watch(
             raise KeyboardInterrupt
 
     url = os.environ["RELAY_DATABASE_URL"]
-    assert show.watched(0.5, lambda: show.show_why(queue_id, json_lines=False), pause) == 0
+    assert watched(0.5, lambda: show.show_why(queue_id, json_lines=False), pause) == 0
     shown = capsys.readouterr()
     assert shown.out.count("b@example.org: queued") == 2
     assert shown.err.startswith("qmqp-relay: database: connection")
     with pytest.raises(NoSuchMessage):
-        show.watched(0.5, lambda: show.show_message("f" * 32, json_lines=False), pause)
+        watched(0.5, lambda: show.show_message("f" * 32, json_lines=False), pause)
 
 
 def completed(line: str) -> set[str]:
@@ -517,9 +519,7 @@ def test_open_circuit_is_listed_with_its_reason(
 ) -> None:
     queue.rescuer.publish_open_circuits(queue.worker, {"192.0.2.7:628": "450 too busy"})
     typed("pause", "--server", "192.0.2.8")
-    now = {
-        row["server"]: show.circuit_of(row) for row in QueueReader(queue.database).read("servers")
-    }
+    now = {row["server"]: circuit_of(row) for row in QueueReader(queue.database).read("servers")}
     assert now.pop("192.0.2.8:628").startswith("paused for ")
     assert now == {"192.0.2.7:628": "circuit open: 450 too busy"}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from commands.ops.show import COLUMNS
+from commands.ops.columns import COLUMNS
 from commands.output import write
 from relay.metrics import QueueMetrics
 from relay.queue.outcome import Outcome

@@ -31,10 +31,11 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
         monkeypatch.setattr(sys, "argv", ["qmqp-relay", *arguments])
         monkeypatch.setattr(sys, "orig_argv", ["python", "-P", "qmqp-relay", *arguments])
         monkeypatch.setattr(sys, "dont_write_bytecode", dont_write)
-        commands = SimpleNamespace(main=lambda **_: None)
+        commands = SimpleNamespace(app_for=lambda words: lambda **_: None)
         monkeypatch.setitem(sys.modules, "commands.cli.main", commands)
         monkeypatch.setattr(os, "_exit", sys.exit)
         monkeypatch.setattr(gc, "set_threshold", lambda threshold: None)
+        monkeypatch.setenv("PYDANTIC_DISABLE_PLUGINS", "")  # as it was, at the end
         try:
             start.main()
         except Executed as executed:

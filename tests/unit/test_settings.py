@@ -102,6 +102,18 @@ def test_settings_are_read_from_the_environment(environment: pytest.MonkeyPatch)
     assert found.grace == 5.0, "empty is not given"
 
 
+def test_a_name_in_lower_case_is_no_setting(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("relay_grace", "9s")
+    environment.setenv("RELAY_Grace", "9s")
+    assert load(Settings).grace == 5.0
+    assert unknown_names() == {"RELAY_Grace": "RELAY_GRACE"}
+
+
+def test_a_given_value_comes_before_the_environment(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("RELAY_GRACE", "9s")
+    assert (load(Settings).grace, load(Settings, grace=7.0).grace) == (9, 7)
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [

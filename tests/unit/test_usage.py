@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from commands.cli.main import main
+from commands.cli.main import app_for, main
 from commands.cli.usage import GROUPS, STATUSES, USAGES
 from relay.version import running_version
 
@@ -59,6 +59,18 @@ def test_a_command_understands_its_examples(words: str, example: str) -> None:
     assert given[: len(path)] == path
     with COMMANDS[words].make_context("qmqp-relay", given[len(path) :]) as context:
         assert not context.args
+
+
+@pytest.mark.parametrize("words", [words for words in COMMANDS if words])
+def test_a_command_that_is_made_alone_has_the_same_help(words: str) -> None:
+    given = words.split()
+    shown = CliRunner().invoke(app_for(given), [*given, "--help"], prog_name="qmqp-relay")
+    assert (shown.exit_code, shown.output) == (0, help_of(*given))
+
+
+@pytest.mark.parametrize("words", [[], ["--version"], ["lists"], ["user", "list"]])
+def test_other_words_are_understood_by_the_app_with_all_commands(words: list[str]) -> None:
+    assert app_for(words) is main
 
 
 def test_commands_are_listed_in_groups() -> None:
