@@ -26,7 +26,13 @@ from worker.app import WorkerProcess
 type Spawn = Callable[..., subprocess.Popen[Any]]
 CELERY = (sys.executable, "-m", "celery", "-A", "worker.app")
 WORKER = (*CELERY, "worker", "--without-gossip", "--without-mingle")
-RUN = (sys.executable, "-c", "from worker.app import *; sys.exit(run(load(WorkerSettings)))")
+# It fails if it has imported the command line of Celery, which it does not need.
+PROGRAM = """
+from worker.app import *
+status = run(load(WorkerSettings))
+sys.exit(status or "celery.bin" in sys.modules)
+"""
+RUN = (sys.executable, "-c", PROGRAM)
 
 
 class WorkerProcesses:
