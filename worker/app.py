@@ -34,7 +34,8 @@ from relay.dsn.generator import DsnGenerator
 from relay.events.outbox import Outbox
 from relay.events.subscriptions import Subscriptions
 from relay.events.webhooks import Webhook, load_webhooks
-from relay.hints import QUEUES, RETRY, TASK, Hints, celery_app
+from relay.hint_entry import TASK
+from relay.hints import QUEUES, RETRY, Hints
 from relay.log import configure, get_logger
 from relay.queue.claim import WorkerQueue
 from relay.queue.operations import QueueOperations
@@ -46,6 +47,7 @@ from relay.spool.mark import SpoolMark
 from relay.spool.store import SpoolError
 from relay.startup import ready
 from relay.tls import metrics_context
+from worker.celery_app import celery_app
 from worker.circuit_breaker import ServerPool
 from worker.cleaner import Cleaner
 from worker.consumer import LARGEST
@@ -120,7 +122,7 @@ class WorkerProcess:
         )
         servers.pauses = retry_until_available(rescuer.paused)
         self.engine = Engine(settings, queue, state.spool, routes, servers=servers)
-        hints = Hints(self.app, RETRY, settings.batch_size)
+        hints = Hints(settings.broker_url, RETRY, settings.batch_size)
         parts: tuple[PeriodicThread | Hints | Notifier, ...] = (
             Sweeper(settings, rescuer, generator, self.engine, hints),
             Cleaner(settings, state.engine, state.spool),
