@@ -78,7 +78,7 @@ def test_garbage_neither_ends_a_worker_nor_delays_a_hint(
             broker.ask("LPUSH", LIST, *(kinds[n % len(kinds)] for n in range(start, start + 100)))
         queue_id = home.mail.accept()
         broker.ask("LPUSH", LIST, entry_of({"": [queue_id]}, FRESH).decode())
-        until(lambda: home.mail.state(queue_id) == "delivered", 5, what=home.said)
+        until(lambda: home.mail.state(queue_id) == "delivered", 20, what=home.said)
         assert worker.poll() is None
         assert "hints refused" in home.said()
         assert home.mail.rows("SELECT count(*) AS n FROM workers") == [{"n": 1}]
