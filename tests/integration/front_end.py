@@ -4,8 +4,8 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from reception.spooler import Spooler
 from reception.spooler_client import SpoolerClient
 from relay.listeners import Listener, parse_listen
 from relay.queue.accept import EncodedMessage, NewMessage, NewRecipient, SegmentSpan
-from relay.settings import SmtpdSettings
+from relay.settings import SmtpdSettings, load
 from relay.spool.journal.directory import JournalDirectory, SegmentFile
 from relay.spool.journal.format import Place
 from relay.spool.journal.reader import JournalReader
@@ -215,6 +215,35 @@ class ServerHarness:
         until(lambda: len(self.database.messages) >= count)
         assert len(self.database.messages) == count
         return self.database.messages
+
+
+@contextmanager
+def starting[Kind: ServerHarness](
+    kind: type[Kind], door: Callable[[SmtpdSettings], Door], spool: Spool, **usual: Any
+) -> Iterator[Callable[..., Kind]]:
+    """`start(bodies_at_once, **given)`: a server with these settings, and with these arguments of
+    `ServerHarness`; `usual` are those of each. All are closed at the end."""
+    running: list[Kind] = []
+
+    def start(bodies_at_once: int = 100, **given: Any) -> Kind:
+        given = usual | given
+        how = {name: given.pop(name) for name in _HOW if name in given}
+        settings = load(
+            SmtpdSettings,
+            state_dir=spool.directory.parent,
+            spool_dir=spool.directory,
+            hostname="relay.example",
+            **given,
+        )
+        running.append(kind(spool, settings, bodies_at_once, door, **how))
+        return running[-1]
+
+    yield start
+    for one in running:
+        one.close()
+
+
+_HOW = ("listener", "new_loop", "failure_delay", "hooks")
 
 
 def body_of(running: ServerHarness, message: NewMessage) -> bytes:

@@ -3,7 +3,6 @@ that log in."""
 
 import functools
 import shutil
-import smtplib
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +15,14 @@ from tests.integration.front_end import body_of
 from tests.integration.test_authentication import RIGHT
 from tests.integration.test_smtpd import SmtpHarness, talking
 from tests.integration.test_smtpd_auth import PLAIN, run
-from tests.integration.test_tls import authority, command, pair, speaking_tls
-from tests.postfix import PostfixClient
-from tests.services import ServiceError
-from tests.waiting import until
+from tests.integration.test_tls import (
+    authority,
+    by_postfix,
+    command,
+    pair,
+    smtplib_client,
+    speaking_tls,
+)
 
 __all__ = ["authority", "pair", "run"]  # fixtures
 
@@ -132,13 +135,7 @@ def auth_by_msmtp(running: SmtpHarness, authority: Authority) -> None:
 
 
 def auth_by_smtplib(running: SmtpHarness, authority: Authority) -> None:
-    context = authority.client_context()
-    if running.listener.tls:
-        client: smtplib.SMTP = smtplib.SMTP_SSL("localhost", running.port, context=context)
-    else:
-        client = smtplib.SMTP("localhost", running.port)
-        client.starttls(context=context)
-    with client:
+    with smtplib_client(running, authority) as client:
         client.login("ann", RIGHT)
         client.sendmail("a@example.com", ["b@example.org"], b"Subject: x\r\n\r\nbody\r\n")
 
@@ -146,28 +143,14 @@ def auth_by_smtplib(running: SmtpHarness, authority: Authority) -> None:
 def auth_by_postfix(running: SmtpHarness, authority: Authority) -> None:
     if not any(Path("/usr/lib").glob("*/sasl2/libplain.so*")):
         pytest.skip("no libsasl2-modules on this machine")
-    settings = {
-        "smtp_tls_security_level": "verify",
-        "smtp_tls_CAfile": authority.bundle,
-        "smtp_tls_wrappermode": "yes" if running.listener.tls else "no",
-        "smtp_tls_verify_cert_match": "localhost",
-        "smtp_sasl_auth_enable": "yes",
-        "smtp_sasl_password_maps": f"inline:{{ {{ [127.0.0.1]:{running.port} = ann:{RIGHT} }} }}",
-        "smtp_sasl_tls_security_options": "noanonymous",
-        "smtp_sasl_mechanism_filter": "plain",
-    }
-    try:
-        postfix = PostfixClient(
-            running.port, "".join(f"{name} = {value}\n" for name, value in settings.items())
-        )
-        postfix.start()
-    except ServiceError as error:
-        pytest.skip(str(error))
-    try:
-        postfix.sendmail("a@example.com", "b@example.org", b"Subject: x\n\nbody\n")
-        until(lambda: running.database.messages, 20)
-    finally:
-        postfix.stop()
+    by_postfix(
+        running,
+        authority,
+        smtp_sasl_auth_enable="yes",
+        smtp_sasl_password_maps=f"inline:{{ {{ [127.0.0.1]:{running.port} = ann:{RIGHT} }} }}",
+        smtp_sasl_tls_security_options="noanonymous",
+        smtp_sasl_mechanism_filter="plain",
+    )
 
 
 @pytest.mark.parametrize("implicit", [False, True], ids=["starttls", "implicit"])

@@ -9,7 +9,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 
@@ -17,10 +17,9 @@ from plugins.bundled import policy_service
 from plugins.loader import PluginError
 from qmqp.sink import Answer, Rule, running_sink
 from qmqp_relay import OK, Deny, DenySoft, Session, Transaction
-from relay.settings import SmtpdSettings, load
 from relay.spool.store import Spool
 from tests.filter_programs import Postgrey, Rspamd
-from tests.integration.front_end import body_of
+from tests.integration.front_end import body_of, starting
 from tests.integration.plugins import host, plugins
 from tests.integration.test_smtpd import SmtpHarness, smtp_door, talking
 from tests.postfix import Postfix, QmqpSink
@@ -33,23 +32,10 @@ FLAT = 8 << 20
 
 
 @pytest.fixture
-def start(spool: Spool, tmp_path: Path) -> Iterator[Start]:
+def start(spool: Spool) -> Iterator[Start]:
     """Starts a front end with the plugins of this RELAY_PLUGINS."""
-    running: list[SmtpHarness] = []
-
-    def begin(entries: str, **settings: Any) -> SmtpHarness:
-        options: Any = {
-            "state_dir": tmp_path,
-            "spool_dir": spool.directory,
-            "hostname": "relay.example",
-        }
-        made = load(SmtpdSettings, **options | settings)
-        running.append(SmtpHarness(spool, made, 100, smtp_door, hooks=host(entries)))
-        return running[-1]
-
-    yield begin
-    for one in running:
-        one.close()
+    with starting(SmtpHarness, smtp_door, spool) as begin:
+        yield lambda entries, **settings: begin(hooks=host(entries), **settings)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from reception.receiver import BLOCK
-from relay.settings import SmtpdSettings, load
 from relay.spool.store import Spool
+from tests.integration.front_end import starting
 from tests.integration.plugins import host, plugin_file
 from tests.integration.test_smtpd import SmtpHarness, smtp_door, talking
 
@@ -62,22 +62,10 @@ class Counted:
 
 @pytest.fixture
 def start(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., SmtpHarness]]:
-    running: list[SmtpHarness] = []
-
-    def start(plugin: str = "") -> SmtpHarness:
-        made = load(
-            SmtpdSettings,
-            state_dir=tmp_path,
-            spool_dir=spool.directory,
-            hostname="relay.example",
+    with starting(SmtpHarness, smtp_door, spool) as begin:
+        yield lambda plugin="": begin(
+            hooks=host(str(plugin_file(tmp_path, plugin))) if plugin else None
         )
-        hooks = host(str(plugin_file(tmp_path, plugin))) if plugin else None
-        running.append(SmtpHarness(spool, made, 100, smtp_door, hooks=hooks))
-        return running[-1]
-
-    yield start
-    for one in running:
-        one.close()
 
 
 def session(running: SmtpHarness, size: int) -> None:

@@ -15,11 +15,9 @@ import pytest
 from prometheus_client import REGISTRY
 
 from qmqp.netstring import encode
-from reception.hooks import HookHost
 from reception.receiver import BLOCK
-from relay.settings import SmtpdSettings, load
 from relay.spool.store import BodyWriter, Spool
-from tests.integration.front_end import ServerHarness, body_of
+from tests.integration.front_end import ServerHarness, body_of, starting
 from tests.integration.plugins import host, plugin_file
 from tests.integration.test_qmqpd import QmqpClient, qmqp_door
 from tests.integration.test_smtpd import SmtpHarness, smtp_door, talking
@@ -31,27 +29,18 @@ type Run = Callable[..., Any]
 @pytest.fixture
 def run(spool: Spool, tmp_path: Path) -> Iterator[Run]:
     """Starts a front end with a plugin of this text; `arguments` stand behind its name."""
-    running: list[ServerHarness] = []
+    with (
+        starting(SmtpHarness, smtp_door, spool) as by_smtp,
+        starting(ServerHarness, qmqp_door, spool) as by_qmqp,
+    ):
 
-    def start(
-        text: str, arguments: str = "", door: Callable[..., Any] = smtp_door, **settings: Any
-    ) -> ServerHarness:
-        path = plugin_file(tmp_path, text)
-        made = load(
-            SmtpdSettings,
-            state_dir=tmp_path,
-            spool_dir=spool.directory,
-            hostname="relay.example",
-            **settings,
-        )
-        kind = SmtpHarness if door is smtp_door else ServerHarness
-        hooks: HookHost = host(f"{path} {arguments}")
-        running.append(kind(spool, made, 100, door, hooks=hooks))
-        return running[-1]
+        def start(
+            text: str, arguments: str = "", door: Callable[..., Any] = smtp_door, **settings: Any
+        ) -> ServerHarness:
+            begin = by_smtp if door is smtp_door else by_qmqp
+            return begin(hooks=host(f"{plugin_file(tmp_path, text)} {arguments}"), **settings)
 
-    yield start
-    for one in running:
-        one.close()
+        yield start
 
 
 ANSWERS = {

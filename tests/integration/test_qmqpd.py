@@ -11,8 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -25,9 +24,9 @@ from reception.receiver import BLOCK, MAX_BUFFERED
 from reception.server import Door, FrontEnd
 from relay.listeners import Listener
 from relay.queue.accept import NewMessage
-from relay.settings import SmtpdSettings, load
+from relay.settings import SmtpdSettings
 from relay.spool.store import BodyWriter, Spool
-from tests.integration.front_end import HeldSyncs, ServerHarness, body_of
+from tests.integration.front_end import HeldSyncs, ServerHarness, body_of, starting
 from tests.waiting import until
 
 STRANGER = "127.0.0.2"
@@ -61,24 +60,10 @@ class QmqpClient:
 
 
 @pytest.fixture
-def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., ServerHarness]]:
-    running: list[ServerHarness] = []
-
-    def start(bodies_at_once: int = 100, **settings: Any) -> ServerHarness:
-        how = {name: settings.pop(name) for name in ("listener", "new_loop") if name in settings}
-        made = load(
-            SmtpdSettings,
-            state_dir=tmp_path,
-            spool_dir=spool.directory,
-            hostname="relay.example",
-            **{"qmqp_client_networks": ("127.0.0.1",), **settings},
-        )
-        running.append(ServerHarness(spool, made, bodies_at_once, qmqp_door, **how))
-        return running[-1]
-
-    yield start
-    for one in running:
-        one.close()
+def run(spool: Spool) -> Iterator[Callable[..., ServerHarness]]:
+    networks = {"qmqp_client_networks": ("127.0.0.1",)}
+    with starting(ServerHarness, qmqp_door, spool, **networks) as start:
+        yield start
 
 
 @contextmanager

@@ -38,13 +38,13 @@ from reception.server import LATE_TICK, Door, FrontEnd
 from relay.db.engine import connect, reading, writing
 from relay.listeners import Listener
 from relay.queue.accept import NewMessage
-from relay.settings import SettingsError, SmtpdSettings, load
+from relay.settings import SettingsError, SmtpdSettings
 from relay.spool.journal.directory import SegmentFile
 from relay.spool.journal.supply import MIN_FREE
 from relay.spool.store import BodyWriter, Spool
 from smtpd.server import SmtpConnection
 from smtpd.session import ENDLESS
-from tests.integration.front_end import HeldSyncs, ServerHarness, body_of
+from tests.integration.front_end import HeldSyncs, ServerHarness, body_of, starting
 from tests.postfix import PostfixClient
 from tests.services import ServiceError
 from tests.waiting import stands_still, until
@@ -112,24 +112,9 @@ class RawClient:
 
 
 @pytest.fixture
-def run(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., SmtpHarness]]:
-    running: list[SmtpHarness] = []
-
-    def start(bodies_at_once: int = 100, **settings: Any) -> SmtpHarness:
-        how = {name: settings.pop(name) for name in ("listener", "new_loop") if name in settings}
-        made = load(
-            SmtpdSettings,
-            state_dir=tmp_path,
-            spool_dir=spool.directory,
-            hostname="relay.example",
-            **settings,
-        )
-        running.append(SmtpHarness(spool, made, bodies_at_once, smtp_door, **how))
-        return running[-1]
-
-    yield start
-    for one in running:
-        one.close()
+def run(spool: Spool) -> Iterator[Callable[..., SmtpHarness]]:
+    with starting(SmtpHarness, smtp_door, spool) as start:
+        yield start
 
 
 @contextmanager

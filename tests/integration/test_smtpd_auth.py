@@ -10,18 +10,17 @@ from structlog.testing import capture_logs
 
 from relay.db.engine import connect
 from relay.listeners import Listener
-from relay.settings import SmtpdSettings, load
 from relay.spool.store import Spool
 from relay.users import Users
 from smtpd.session import AUTH_FAILURES
-from tests.integration.front_end import body_of
+from tests.integration.front_end import body_of, starting
 from tests.integration.test_authentication import HASH, RIGHT, measured
 from tests.integration.test_smtpd import RawClient, SmtpHarness, smtp_door, talking
 from tests.waiting import until
 
 PLAIN = b"AUTH PLAIN " + b64encode(b"\0ann\0" + RIGHT.encode())
 WRONG = b"AUTH PLAIN " + b64encode(b"\0ann\0wrong horse")
-SETTINGS = {"client_networks": (), "auth_plaintext_networks": ("127.0.0.1",)}
+SETTINGS: dict[str, Any] = {"client_networks": (), "auth_plaintext_networks": ("127.0.0.1",)}
 
 type Start = Callable[..., SmtpHarness]
 
@@ -32,30 +31,9 @@ def run(spool: Spool, clean_url: str) -> Iterator[Start]:
     engine = connect(clean_url)
     Users(engine).add("ann", HASH, senders=["*@example.com"], actor="test")
     engine.dispose()
-    running: list[SmtpHarness] = []
-
-    def start(
-        listener: Listener = Listener("127.0.0.1", 0),  # noqa: B008 - it is immutable
-        *,
-        failure_delay: float = 0.0,
-        **settings: Any,
-    ) -> SmtpHarness:
-        made = load(
-            SmtpdSettings,
-            state_dir=spool.directory.parent,
-            spool_dir=spool.directory,
-            database_url=clean_url,
-            hostname="relay.example",
-            **(SETTINGS | settings),
-        )
-        running.append(
-            SmtpHarness(spool, made, 100, smtp_door, listener, failure_delay=failure_delay)
-        )
-        return running[-1]
-
-    yield start
-    for one in running:
-        one.close()
+    usual = {"database_url": clean_url, "failure_delay": 0.0, **SETTINGS}
+    with starting(SmtpHarness, smtp_door, spool, **usual) as start:
+        yield start
 
 
 def greet(client: RawClient, *lines: bytes) -> None:

@@ -19,8 +19,6 @@ import uvloop
 
 from reception import handshake
 from relay.listeners import Listener
-from relay.settings import SmtpdSettings, load
-from relay.spool.store import Spool
 from smtpd import session
 from smtpd.server import SmtpConnection
 from tests.certificates import Authority
@@ -28,7 +26,7 @@ from tests.content_model import model
 from tests.integration.front_end import body_of
 from tests.integration.plugins import host, plugin_file
 from tests.integration.test_authentication import measured
-from tests.integration.test_smtpd import RawClient, SmtpHarness, run, smtp_door, talking
+from tests.integration.test_smtpd import RawClient, SmtpHarness, run, talking
 from tests.postfix import PostfixClient
 from tests.services import ServiceError
 from tests.waiting import until
@@ -506,24 +504,32 @@ def by_msmtp(running: SmtpHarness, authority: Authority) -> None:
 
 
 def by_smtplib(running: SmtpHarness, authority: Authority) -> None:
-    context = authority.client_context()
-    if running.listener.tls:
-        client: smtplib.SMTP = smtplib.SMTP_SSL("localhost", running.port, context=context)
-    else:
-        client = smtplib.SMTP("localhost", running.port)
-        client.starttls(context=context)
-    with client:
+    with smtplib_client(running, authority) as client:
         client.sendmail("a@example.com", ["b@example.org"], b"Subject: x\r\n\r\nbody\r\n")
 
 
-def by_postfix(running: SmtpHarness, authority: Authority) -> None:
-    wrapper = "yes" if running.listener.tls else "no"
+def smtplib_client(running: SmtpHarness, authority: Authority) -> smtplib.SMTP:
+    """After its handshake."""
+    context = authority.client_context()
+    if running.listener.tls:
+        return smtplib.SMTP_SSL("localhost", running.port, context=context)
+    client = smtplib.SMTP("localhost", running.port)
+    client.starttls(context=context)
+    return client
+
+
+def by_postfix(running: SmtpHarness, authority: Authority, **more: str) -> None:
+    """`more`: further settings of Postfix."""
+    settings = {
+        "smtp_tls_security_level": "verify",
+        "smtp_tls_CAfile": authority.bundle,
+        "smtp_tls_wrappermode": "yes" if running.listener.tls else "no",
+        "smtp_tls_verify_cert_match": "localhost",
+        **more,
+    }
     try:
         postfix = PostfixClient(
-            running.port,
-            f"smtp_tls_security_level = verify\nsmtp_tls_CAfile = {authority.bundle}\n"
-            f"smtp_tls_wrappermode = {wrapper}\nsmtp_tls_verify_cert_match = localhost\n"
-            "smtp_tls_secure_cert_match = localhost\n",
+            running.port, "".join(f"{name} = {value}\n" for name, value in settings.items())
         )
         postfix.start()
     except ServiceError as error:
@@ -555,7 +561,7 @@ def test_real_clients_verify_the_certificate_and_send(
 
 @pytest.mark.parametrize(("answer", "banner"), [("None", b"220"), ("Deny('no')", b"550 5.7.1 no")])
 def test_connect_is_asked_after_an_implicit_handshake(
-    spool: Spool,
+    run: Callable[..., SmtpHarness],
     tmp_path: Path,
     authority: Authority,
     pair: tuple[Path, Path],
@@ -566,15 +572,7 @@ def test_connect_is_asked_after_an_implicit_handshake(
         tmp_path,
         f"@hookimpl\nasync def connect(session):\n    return {answer} if session.tls else OK()\n",
     )
-    certificate, key = pair
-    made = load(
-        SmtpdSettings,
-        state_dir=tmp_path,
-        spool_dir=spool.directory,
-        tls_certificate=certificate,
-        tls_key=key,
-    )
-    running = SmtpHarness(spool, made, 100, smtp_door, IMPLICIT, hooks=host(str(plugin)))
+    hooks = host(str(plugin))
+    running = run(listener=IMPLICIT, hooks=hooks, tls_certificate=pair[0], tls_key=pair[1])
     with speaking_tls(running, authority.client_context()) as client:
         client.expect(banner)
-    running.close()
