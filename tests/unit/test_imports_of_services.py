@@ -45,7 +45,15 @@ def imported(service: str) -> set[str]:
 
 
 # smtpd validates the settings, keeps the counters and publishes the hints. The spooler only writes.
-UNUSED_BY_SPOOLER = ("celery", "kombu", "prometheus_client", "pydantic", "redis", "uvloop")
+UNUSED_BY_SPOOLER = (
+    "celery",
+    "kombu",
+    "prometheus_client",
+    "psutil",
+    "pydantic",
+    "redis",
+    "uvloop",
+)
 
 
 @pytest.mark.parametrize("service", SERVICES)
