@@ -5,12 +5,7 @@ interrupted (Ctrl-C). What must stay true: an error that an operator can correct
 and no output contains a password.
 """
 
-import functools
-from collections.abc import Callable
-
-import typer
-
-from commands.cli.usage import DescribedCommand
+import sys
 
 DONE, NOTHING_MATCHED, WRONG_USE, OUT_OF_REACH = range(4)
 INTERRUPTED = 130
@@ -26,41 +21,16 @@ class CommandError(Exception):
 
 def say(text: str) -> None:
     """Print a sentence on standard error."""
-    typer.echo(f"qmqp-relay: {text}", err=True)
+    print(f"qmqp-relay: {text}", file=sys.stderr)
 
 
-def command[**P](
-    app: typer.Typer, name: str | None = None, *, warn: bool = True
-) -> Callable[[Callable[P, int]], Callable[P, None]]:
-    """Add a function that returns an exit status to `app`.
-
-    The command warns about unknown settings, and turns an error that an operator can correct into a
-    sentence and an exit status.
-    """
-
-    def add(function: Callable[P, int]) -> Callable[P, None]:
-        @functools.wraps(function)
-        def run(*args: P.args, **kwargs: P.kwargs) -> None:
-            from relay.settings import unknown_names
-
-            for name, nearest in unknown_names().items() if warn else ():
-                hint = f"; did you mean {nearest}?" if nearest else ""
-                say(f"ignoring {name}, which is not a setting{hint}")
-            try:
-                status = function(*args, **kwargs)
-            except typer.BadParameter:
-                raise
-            except Exception as error:
-                known, text = explanation(error)
-                if known is None:
-                    raise
-                say(text)
-                status = known
-            raise typer.Exit(status)
-
-        return app.command(name or function.__name__, cls=DescribedCommand)(run)
-
-    return add
+def status_of(error: Exception) -> int:
+    """Print the sentence for an error, and return its exit status. Raises a fault of our own."""
+    status, text = explanation(error)
+    if status is None:
+        raise error
+    say(text)
+    return status
 
 
 def explanation(error: Exception) -> tuple[int | None, str]:

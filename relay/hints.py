@@ -13,70 +13,33 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from contextlib import closing
 
-from celery import Celery
-from kombu.entity import Exchange, Queue
+from redis import Redis
 
 from relay import metrics
+from relay.broker import KEY_PREFIX, connect
+from relay.hint_entry import entry_of
 from relay.log import first_line, get_logger
-from relay.settings import Settings
 
 log = get_logger(__name__)
-TASK = "deliver"
 FRESH, RETRY = "fresh", "retry"
 QUEUES = (FRESH, RETRY)
 # No hint is published while the list is longer than this (in Celery messages): workers poll SQL.
 WINDOW = 200
-# A hint takes milliseconds of Celery, whatever its size. So a busy publisher waits PACE_EACH
-# seconds for each message of its last hint, at most PACE; below some 200 messages a second it does
-# not wait.
+# A hint takes a millisecond of a worker's Celery, whatever its size. So a busy publisher waits
+# PACE_EACH seconds for each message of its last hint, at most PACE; below some 200 messages a
+# second it does not wait.
 PACE, PACE_EACH = 0.1, 0.005
 _LENGTH_INTERVAL = 1.0
 
 
-def celery_app(settings: Settings) -> Celery:
-    """The application of publisher and worker, without a connection. docs/design.md has the sources
-    of the values."""
-    app = Celery("qmqp-relay", set_as_current=True)
-    app.conf.update(
-        broker_url=settings.broker_url,
-        result_backend=None,
-        task_ignore_result=True,
-        task_serializer="json",
-        accept_content=["json"],
-        task_queues=[Queue(name, exchange=Exchange("mail"), routing_key=name) for name in QUEUES],
-        task_default_queue=FRESH,
-        task_create_missing_queues=False,
-        task_acks_late=False,
-        worker_pool="threads",
-        worker_concurrency=4,  # tasks only wait; WORKER_CONNECTIONS limits sending
-        # Not worker_disable_prefetch: with early ack nothing wakes the consumer when a task ends.
-        worker_prefetch_multiplier=1,
-        worker_hijack_root_logger=False,
-        worker_redirect_stdouts=False,
-        worker_disable_rate_limits=True,
-        worker_send_task_events=False,
-        broker_connection_max_retries=None,
-        broker_transport_options={
-            "global_keyprefix": "qmqp-relay:",
-            "socket_timeout": 5,
-            "socket_connect_timeout": 2,
-            "socket_keepalive": True,
-            "health_check_interval": 25,
-            "ack_emulation": False,
-        },
-        timezone="UTC",
-    )
-    return app
-
-
 class Hints:
-    """Publishes hints to one queue from a thread of its own."""
+    """Publishes hints to one queue of a broker from a thread of its own."""
 
-    def __init__(self, app: Celery, queue: str, batch_size: int) -> None:
-        self._app = app
-        self._queue = queue
+    def __init__(self, broker_url: str, queue: str, batch_size: int) -> None:
+        self._url = broker_url
+        self._queue, self._list = queue, KEY_PREFIX + queue
         self._batch = batch_size
         self._waiting: deque[tuple[str, str]] = deque(maxlen=WINDOW * batch_size)
         self._changed = threading.Condition()
@@ -116,8 +79,8 @@ class Hints:
     def _run(self) -> None:
         while not self._closing:
             try:
-                with self._app.connection_for_write() as connection:
-                    self._serve(connection)
+                with closing(connect(self._url)) as broker:
+                    self._serve(broker)
             except Exception as error:  # any error: a hint is worth no more than a reconnection
                 self._give_up(error)
 
@@ -129,26 +92,22 @@ class Hints:
             self._waiting.clear()
             self._changed.wait_for(lambda: self._closing, _LENGTH_INTERVAL)
 
-    def _serve(self, connection: Any) -> None:
+    def _serve(self, broker: Redis) -> None:
         """Publish over one connection until it breaks or `close` is called."""
-        options = self._app.conf.broker_transport_options
-        connection.transport_options.update(options | {"socket_timeout": 2, "max_retries": 0})
-        _ = self._app.backend  # its imports take 0.1 s, which the first message would wait for
-        producer = self._app.amqp.Producer(connection)
         published = metrics.hints(self._queue)
-        self._measure(connection)
+        self._measure(broker)
         if self.away:
             log.info("broker back", queue=self._queue)
             self.away = False
         while not self._closing:
             batch = self._take()
-            self._measure(connection)
+            self._measure(broker)
             if not batch or self.full:
                 continue
             ids: dict[str, list[str]] = {}
             for route, queue_id in batch:
                 ids.setdefault(route, []).append(queue_id)
-            self._app.send_task(TASK, args=[ids], queue=self._queue, producer=producer, retry=False)
+            broker.lpush(self._list, entry_of(ids, self._queue))
             self.published += 1
             published.inc()
             if len(batch) > 1:
@@ -165,9 +124,9 @@ class Hints:
             self._changed.wait_for(lambda: self._waiting or self._closing, _LENGTH_INTERVAL)
             return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._batch))]
 
-    def _measure(self, connection: Any) -> None:
+    def _measure(self, broker: Redis) -> None:
         now = time.monotonic()
         if now - self._measured >= _LENGTH_INTERVAL:
             self._measured = now
-            self._length = connection.default_channel.client.llen(self._queue)
-            self.full = self._length > WINDOW
+            self._length = length = broker.llen(self._list)
+            self.full = length > WINDOW

@@ -24,7 +24,7 @@ from reception.receiver import THREADS, DiskThreads, Receiver
 from reception.server import Door, FrontEnd
 from reception.spooler_client import SpoolerClient, launcher
 from relay import metrics
-from relay.hints import FRESH, Hints, celery_app
+from relay.hints import FRESH, Hints
 from relay.listeners import Listener
 from relay.log import get_logger
 from relay.routes import Routes
@@ -96,7 +96,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, certificate.reload if certificate else _ignore)
-    hints = Hints(celery_app(settings), FRESH, settings.batch_size)
+    hints = Hints(settings.broker_url, FRESH, settings.batch_size)
     spooler = SpoolerClient(launcher(settings, state.spool), hints.offer, settings.accept_deadline)
     threads = DiskThreads(THREADS)
     last_descriptor, bodies = reserve_descriptors(settings.max_connections)

@@ -25,6 +25,7 @@ from celery import Celery, Task, signals
 from celery.concurrency import get_implementation
 from celery.concurrency.thread import TaskPool
 from celery.exceptions import SecurityWarning
+from celery.utils.nodenames import host_format
 
 from plugins.runner import Plugins
 from relay import metrics
@@ -33,7 +34,8 @@ from relay.dsn.generator import DsnGenerator
 from relay.events.outbox import Outbox
 from relay.events.subscriptions import Subscriptions
 from relay.events.webhooks import Webhook, load_webhooks
-from relay.hints import QUEUES, RETRY, TASK, Hints, celery_app
+from relay.hint_entry import TASK
+from relay.hints import QUEUES, RETRY, Hints
 from relay.log import configure, get_logger
 from relay.queue.claim import WorkerQueue
 from relay.queue.operations import QueueOperations
@@ -45,6 +47,7 @@ from relay.spool.mark import SpoolMark
 from relay.spool.store import SpoolError
 from relay.startup import ready
 from relay.tls import metrics_context
+from worker.celery_app import celery_app
 from worker.circuit_breaker import ServerPool
 from worker.cleaner import Cleaner
 from worker.consumer import LARGEST
@@ -63,10 +66,6 @@ from worker.sweeper import Sweeper
 log = get_logger(__name__)
 WRONG_USE = 2  # the exit status of a command for a bad setting (commands.errors)
 CELERY_TIME = 3.0  # seconds for Celery to end by itself after the drain
-OPTIONS = (
-    *("--quiet", "worker", "--pool", "threads", "--queues", ",".join(QUEUES)),
-    *("--without-gossip", "--without-mingle"),
-)
 
 
 class WorkerProcess:
@@ -123,7 +122,7 @@ class WorkerProcess:
         )
         servers.pauses = retry_until_available(rescuer.paused)
         self.engine = Engine(settings, queue, state.spool, routes, servers=servers)
-        hints = Hints(self.app, RETRY, settings.batch_size)
+        hints = Hints(settings.broker_url, RETRY, settings.batch_size)
         parts: tuple[PeriodicThread | Hints | Notifier, ...] = (
             Sweeper(settings, rescuer, generator, self.engine, hints),
             Cleaner(settings, state.engine, state.spool),
@@ -265,13 +264,23 @@ def build(settings: WorkerSettings) -> Celery:
     return application
 
 
-def run(settings: WorkerSettings, *options: str) -> int:
-    """Run a worker in the foreground until SIGTERM or SIGINT, with more of Celery's options; the
-    exit status."""
+def run(settings: WorkerSettings) -> int:
+    """Run a worker in the foreground until SIGTERM or SIGINT; the exit status.
+
+    It is what `celery worker` runs, without the command line of Celery, which takes 7 MiB.
+    """
     # Celery warns root about pickle, which the relay does not accept.
     warnings.filterwarnings("ignore", category=SecurityWarning)
-    name = f"worker-{os.getpid()}@%h"
-    return build(settings).start(argv=[*OPTIONS, "--hostname", name, *options]) or 0
+    worker = build(settings).Worker(
+        hostname=host_format(f"worker-{os.getpid()}@%h"),
+        pool_cls="threads",
+        queues=QUEUES,
+        quiet=True,
+        without_gossip=True,
+        without_mingle=True,
+    )
+    worker.start()
+    return worker.exitcode or 0
 
 
 def _settings() -> WorkerSettings:

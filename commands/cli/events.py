@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
+from commands.cli.command import command
 from commands.cli.queue import Json, Reason, length
 from commands.cli.usage import GroupedCommands
-from commands.errors import command
 
 events = typer.Typer(
     name="events",

@@ -2,7 +2,7 @@
 those for users in `commands.cli.users`, those for events in `commands.cli.events`.
 
 A command is a thin function: it reads its settings, calls the module that does the work, and
-returns an exit status. `commands.errors.command` turns errors into sentences. Heavy modules are
+returns an exit status. `commands.cli.command` turns errors into sentences. Heavy modules are
 imported inside the commands, so that `--help` and completion answer at once (`commands.cli.start`).
 """
 
@@ -14,11 +14,12 @@ from typing import Annotated
 
 import typer
 
+from commands.cli.command import command
 from commands.cli.events import events, webhooks
 from commands.cli.queue import Json, Yes, queue
 from commands.cli.usage import DescribedCommand, GroupedCommands
 from commands.cli.users import users
-from commands.errors import DONE, command
+from commands.errors import DONE
 
 main = typer.Typer(
     name="qmqp-relay",
@@ -70,25 +71,17 @@ def up(
 @command(main, warn=False)  # its log has the warnings
 def smtpd() -> int:
     """Run the SMTP server."""
-    from relay.log import configure
-    from relay.settings import SmtpdSettings, load
-    from smtpd.main import run
+    from commands.services import smtpd
 
-    settings = load(SmtpdSettings)
-    configure(settings)
-    return run(settings)
+    return smtpd()
 
 
 @command(main, warn=False)
 def worker() -> int:
     """Run a delivery worker, as `celery -A worker.app worker` does."""
-    from relay.settings import WorkerSettings, load
+    from commands.services import worker
 
-    settings = load(WorkerSettings)
-    # This module reads the settings too, and ends the process for a bad one.
-    from worker.app import run
-
-    return run(settings)
+    return worker()
 
 
 @command(main)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from commands.errors import command
+from commands.cli.command import command
 
 if TYPE_CHECKING:
     from relay.report.filters import Filter

@@ -2,8 +2,9 @@
 
 Half of the time of a short command is Python's own: to import modules, to search them for garbage
 meanwhile, and to take them apart at the end. A short command does the last two hardly at all. The
-services (SERVICES) start and end as every program does; smtpd and workers run without docstrings
-(`-OO`), which are a fifth of their memory, because most are SQLAlchemy's.
+services (SERVICES) start and end as every program does. smtpd and workers run without a command
+line (`commands.services`), and without docstrings (`-OO`), which are a fifth of their memory,
+because most are SQLAlchemy's.
 """
 
 import gc
@@ -11,6 +12,7 @@ import os
 import sys
 from importlib.util import cache_from_source
 from pathlib import Path
+from typing import NoReturn
 
 SERVICES = frozenset(("up", "smtpd", "worker", "web", "sink", "demo", "migrate"))
 # Objects that are created before the garbage collector looks at them; the default is 2,000. A
@@ -26,10 +28,18 @@ def main() -> None:
         # Pydantic reads what each installed package declares, in search of plugins for itself.
         os.environ["PYDANTIC_DISABLE_PLUGINS"] = "1"
         _end(_status())
-    if sys.argv[1:] in (["smtpd"], ["worker"]) and not sys.flags.optimize and _has_bytecode():
+    if sys.argv[1:] in (["smtpd"], ["worker"]):
+        _serve(sys.argv[1])
+    _run()
+
+
+def _serve(service: str) -> NoReturn:
+    if not sys.flags.optimize and _has_bytecode():
         program = [sys.orig_argv[0], "-OO", *sys.orig_argv[1:]]
         os.execv(sys.executable, program)  # noqa: S606  (it is this program)
-    _run()
+    from commands.services import run
+
+    sys.exit(run(service))
 
 
 def _has_bytecode() -> bool:

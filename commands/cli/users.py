@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
+from commands.cli.command import command
 from commands.cli.queue import Json, Reason
 from commands.cli.usage import GroupedCommands
-from commands.errors import command
 
 users = typer.Typer(
     name="user",

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from relay.hints import FRESH, RETRY, TASK, WINDOW, Hints, celery_app
+from relay.hint_entry import TASK
+from relay.hints import FRESH, RETRY, WINDOW, Hints
 from relay.ids import new_id
 from relay.settings import Settings, load
 from tests.services import Broker
 from tests.waiting import until
+from worker.celery_app import celery_app
 
 BATCH = 8
 KEY = "qmqp-relay:{}".format
@@ -26,7 +28,7 @@ def hints(broker: Broker) -> Iterator[Callable[..., Hints]]:
     started: list[Hints] = []
 
     def start(queue: str = FRESH, *offers: tuple[list[str], str]) -> Hints:
-        made = Hints(celery_app(load(Settings, broker_url=broker.url)), queue, BATCH)
+        made = Hints(broker.url, queue, BATCH)
         for ids, route in offers:
             made.offer(ids, route)
         made.start()

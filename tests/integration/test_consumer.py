@@ -11,13 +11,14 @@ import pytest
 from celery import Celery
 
 from qmqp.sink import running_sink
-from relay.hints import FRESH, Hints, celery_app
+from relay.hint_entry import entry_of
+from relay.hints import FRESH, Hints
 from relay.ids import new_id
 from tests import services
 from tests.integration.test_worker_app import WorkerProcesses, processes
 from tests.services import Broker
 from tests.waiting import until
-from worker.consumer import entry_of
+from worker.celery_app import celery_app
 
 __all__ = ["processes"]
 LIST = "qmqp-relay:fresh"
@@ -25,7 +26,7 @@ PLENTY = {"GRACE": "10m", "LEASE": "1m"}  # so that only a hint can be the reaso
 
 
 def hint(home: WorkerProcesses, ids: list[str]) -> None:
-    hints = Hints(celery_app(home.mail.settings), FRESH, 64)
+    hints = Hints(home.mail.settings.broker_url, FRESH, 64)
     hints.start()
     hints.offer(ids)
     until(lambda: hints.published == 1, 10)

@@ -19,7 +19,7 @@ from qmqp.sink import running_sink
 from reception.spooler import Spooler
 from reception.spooler_protocol import FrameDecoder, SpoolerReply, StoreRequest, frame
 from relay.db.engine import reading
-from relay.hints import FRESH, Hints, celery_app
+from relay.hints import FRESH, Hints
 from relay.ids import new_id
 from relay.queue.accept import NewMessage, encode
 from relay.queue.model import Attempt, ClaimRequest, Completion
@@ -262,7 +262,7 @@ def test_delivering_syncs_nothing(
 @pytest.mark.parametrize(("count", "published"), [(1, 1), (64, 1), (65, 2)])
 def test_one_hint_for_all_that_waits(broker: Broker, count: int, published: int) -> None:
     settings = load(Settings, broker_url=broker.url)
-    hints = Hints(celery_app(settings), FRESH, settings.batch_size)
+    hints = Hints(settings.broker_url, FRESH, settings.batch_size)
     hints.offer(new_id() for _ in range(count))
     hints.start()
     until(lambda: hints.published == published)

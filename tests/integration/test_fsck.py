@@ -13,7 +13,7 @@ from commands.ops.check import broker_lists
 from commands.ops.fsck import Fsck, Inconsistency
 from qmqp.body import BodyFile
 from relay.db.engine import writing
-from relay.hints import QUEUES, celery_app
+from relay.hints import QUEUES
 from relay.ids import dashed, new_id
 from relay.queue import audit
 from relay.queue.outcome import Outcome
@@ -22,6 +22,7 @@ from relay.spool.store import Spool
 from tests.bodies import body_in
 from tests.integration.harness import QueueHarness
 from tests.integration.typed import Typed, lines, typed_at
+from worker.celery_app import celery_app
 
 BODY = b"b" * 100
 OLD = 7200.0

@@ -20,7 +20,6 @@ from qmqp.sink import Answer, Rule, Sink, running_sink
 from relay.db.engine import writing
 from relay.db.group_commit import CommitThread
 from relay.dsn.generator import DsnGenerator
-from relay.hints import celery_app
 from relay.ids import dashed
 from relay.queue.model import Claim, Command, CommandResult
 from relay.queue.operations import OPERATIONS, QueueOperations
@@ -31,6 +30,7 @@ from relay.spool.store import Spool
 from tests.bodies import body_in
 from tests.integration.harness import EngineHarness, QueueHarness
 from tests.waiting import until
+from worker.celery_app import celery_app
 from worker.sweeper import BATCH
 
 type Open = Callable[..., EngineHarness]

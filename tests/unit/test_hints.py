@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from kombu.transport.virtual import Message
 
-from worker.consumer import NoHint, entry_of, hinted
+from relay.hint_entry import NoHint, entry_of, hinted
 
 IDS = [f"{n:032x}" for n in range(3)]
 

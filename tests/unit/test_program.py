@@ -33,6 +33,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
         monkeypatch.setattr(sys, "dont_write_bytecode", dont_write)
         commands = SimpleNamespace(app_for=lambda words: lambda **_: None)
         monkeypatch.setitem(sys.modules, "commands.cli.main", commands)
+        services = SimpleNamespace(run=lambda service: 0)
+        monkeypatch.setitem(sys.modules, "commands.services", services)
         monkeypatch.setattr(os, "_exit", sys.exit)
         monkeypatch.setattr(gc, "set_threshold", lambda threshold: None)
         monkeypatch.setenv("PYDANTIC_DISABLE_PLUGINS", "")  # as it was, at the end
