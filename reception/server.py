@@ -43,6 +43,8 @@ LISTEN_BACKLOG = 1024
 IDLE_TIME = 10.0
 """Seconds without a command after which a session outside of a transaction may be closed for
 another connection."""
+SEARCH_INTERVAL = 1.0
+"""Seconds until the next search for such a session, when none was found."""
 LATE_TICK = 1.0
 """Seconds that a clock tick may be late. After a later one the process, or its machine, has stood
 still, and the lost time counts against neither the clients nor the spooler."""
@@ -208,7 +210,7 @@ class FrontEnd:
             if connection.deadline < latest and connection.may_yield_to(newcomer)
         ]
         if not idle:
-            self._next_search = now + 1.0
+            self._next_search = now + SEARCH_INTERVAL
             return False
         min(idle, key=lambda each: (each.session.client.trusted, each.deadline)).yield_place()
         return True

@@ -119,6 +119,8 @@ def garbage(client: RawClient) -> None:
 
 
 def read_to_the_end(client: RawClient) -> None:
+    # With the small window of `not_reading`, reading would take seconds.
+    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
     try:
         while client.socket.recv(65536):
             pass

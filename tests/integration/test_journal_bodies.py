@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 from sqlalchemy import event
@@ -244,19 +245,32 @@ def test_damage_at_another_place_is_another_first_look(
     assert not seen.confirmed(new_id(), place)
 
 
+class WatchedId(str):
+    """A queue id that can be referred to weakly."""
+
+    __slots__ = ("__weakref__",)
+
+
 @pytest.mark.timeout(20)
 def test_a_disk_full_of_damaged_bodies_costs_the_loop_no_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen, now = damaged_bodies.DamagedBodies(), 1000.0
     monkeypatch.setattr("worker.damaged_bodies.time.monotonic", lambda: now)
+    kept = WeakSet[WatchedId]()
+
+    def damaged(queue_id: WatchedId) -> None:
+        kept.add(queue_id)
+        assert not seen.confirmed(queue_id, None)
+
     for number in range(50_000):
-        assert not seen.confirmed(f"{number:032x}", None)
+        damaged(WatchedId(f"{number:032x}"))
     now += 3599
     assert seen.confirmed(f"{0:032x}", None)
+    assert len(kept) == 50_000
     now += 2
     assert not seen.confirmed("a", None)
-    assert len(seen._seen) == 1, "all others were seen more than an hour ago"  # noqa: SLF001
+    assert not kept, "all of them were seen more than an hour ago"
 
 
 def test_damaged_body_never_expires(mail: JournalWorkerHarness, quick_recheck: None) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from prometheus_client import REGISTRY
 
 from reception import proxy
 from reception.proxy_header import SIGNATURE
-from relay import metrics
 from relay.listeners import Listener
 from relay.settings import SettingsError, SmtpdSettings, load
 from tests.certificates import Authority
@@ -42,7 +42,7 @@ def serve(
 
 
 def refusals() -> float:
-    return float(metrics.PROXY_REFUSALS._value.get())  # noqa: SLF001
+    return REGISTRY.get_sample_value("relay_proxy_refusals_total") or 0.0
 
 
 @pytest.mark.parametrize(

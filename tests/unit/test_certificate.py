@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
+from prometheus_client import REGISTRY
 
 from commands.ops.check import check_certificate
-from relay import metrics, tls
+from relay import tls
 from relay.settings import Settings, SettingsError, SmtpdSettings, load
 from relay.tls import CertificateError, CertificatePair, load_pair
 from tests.certificates import Authority
@@ -27,7 +28,14 @@ def settings_of(pair: tuple[Path, Path], **more: Any) -> SmtpdSettings:
 
 
 def rejected(pair: tuple[Path, Path]) -> float:
-    return float(metrics.CERTIFICATE_REJECTED.labels(str(pair[0]))._value.get())  # noqa: SLF001
+    return shown("relay_tls_certificate_rejected", pair)
+
+
+def shown(name: str, pair: tuple[Path, Path]) -> float:
+    """The value of a metric of a certificate."""
+    value = REGISTRY.get_sample_value(name, {"file": str(pair[0])})
+    assert value is not None
+    return value
 
 
 def served_serial(context: ssl.SSLContext, authority: Authority) -> str:
@@ -64,8 +72,7 @@ def test_a_renewed_pair_is_taken_when_its_files_have_settled(
     assert second != first
     assert served_serial(kept, authority) == second, "a server that keeps its context too"
     assert 89.9 < pair.days < 90.1
-    days = metrics.CERTIFICATE_DAYS.labels(str(files[0]))
-    assert 89.9 < next(iter(days._child_samples())).value < 90.1  # noqa: SLF001
+    assert 89.9 < shown("relay_tls_certificate_days", files) < 90.1
     assert tls.CHECK_INTERVAL * 2 < 60
 
 
@@ -219,9 +226,16 @@ def test_a_worker_whose_certificate_is_bad_goes_on_without_metrics(
         context()
 
 
-def test_files_are_looked_at_by_their_time_and_size(authority: Authority, tmp_path: Path) -> None:
+def test_files_are_loaded_again_when_their_time_has_changed(
+    authority: Authority, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = authority.sign("relay.example").write(tmp_path / "tls")
-    pair = CertificatePair(settings_of(files))
-    before = pair._signature()  # noqa: SLF001
-    os.utime(files[1], (time.time(), time.time() + 1))
-    assert pair._signature() != before  # noqa: SLF001
+    clock = SetClock()
+    pair = CertificatePair(settings_of(files), clock=clock)
+    for changed in (False, True):
+        if changed:
+            os.utime(files[1], (time.time(), time.time() + 1))
+        for _ in range(2):
+            clock.now += tls.CHECK_INTERVAL
+            pair.refresh()
+        assert ("certificate loaded" in capsys.readouterr().out) == changed

@@ -13,7 +13,15 @@ from structlog.testing import capture_logs
 
 from relay.ids import new_id
 from relay.spool.journal.adoption import adopt, adopt_one, voided_batches
-from relay.spool.journal.directory import ADOPTED, COPY, NEW, OWNED, JournalDirectory, SegmentFile
+from relay.spool.journal.directory import (
+    ADOPTED,
+    COPY,
+    DIRECTORY,
+    NEW,
+    OWNED,
+    JournalDirectory,
+    SegmentFile,
+)
 from relay.spool.journal.format import (
     BLOCK,
     SegmentHeader,
@@ -233,12 +241,13 @@ class WatchedDirectory(JournalDirectory):
 
     def __init__(self, path: Path) -> None:
         super().__init__(os.open(path, os.O_RDONLY))
+        self.path = path
         self.calls: list[str] = []
         self.broken = ""
 
     def open(self, name: str, *, write: bool = False) -> SegmentFile:
-        file = super().open(name, write=write)
-        handle = os.dup(file._handle)  # noqa: SLF001
+        super().open(name, write=write).close()
+        handle = os.open(self.path / DIRECTORY / name, os.O_RDWR if write else os.O_RDONLY)
         return ToldFile(handle, self.calls, fails=name == self.broken)
 
     def rename(self, old: str, new: str) -> None:

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from relay.spool.journal.adoption import voided_batches
-from relay.spool.journal.directory import ADOPTED, NEW, OWNED, JournalDirectory, SegmentFile
+from relay.spool.journal.directory import (
+    ADOPTED,
+    DIRECTORY,
+    NEW,
+    OWNED,
+    JournalDirectory,
+    SegmentFile,
+)
 from relay.spool.journal.format import BLOCK, JournalRecord, VoidedBatch
 from relay.spool.journal.scan import ScannedBatch, first_void, read_header, scan
 from relay.spool.journal.supply import MIN_FREE, SegmentSupply, make_segment
@@ -24,6 +31,7 @@ from tests.journal_records import (
     open_journal,
     scanned,
 )
+from tests.waiting import until
 
 
 class BrokenFile(SegmentFile):
@@ -56,6 +64,7 @@ class BrokenDirectory(JournalDirectory):
     def __init__(self, path: Path) -> None:
         super().__init__(os.open(path, os.O_RDONLY | os.O_DIRECTORY))
         self.make()
+        self.path = path
         self.plan: dict[str, list[int]] = {}
         self.synced: list[SegmentFile] = []
 
@@ -72,8 +81,17 @@ class BrokenDirectory(JournalDirectory):
     def create(self, name: str) -> SegmentFile:
         if self.strike("create"):
             raise OSError(errno.ENOSPC, "no room")
-        file = super().create(name)
-        return BrokenFile(os.dup(file._handle), self)  # noqa: SLF001
+        return reopened(super().create(name), BrokenFile(self.descriptor(name), self))
+
+    def descriptor(self, name: str) -> int:
+        return os.open(self.path / DIRECTORY / name, os.O_RDWR)
+
+
+def reopened[File: SegmentFile](file: SegmentFile, other: File) -> File:
+    """Close a file, and give its lock to another that leads to the same segment."""
+    file.close()
+    assert other.lock()
+    return other
 
 
 @pytest.fixture
@@ -176,8 +194,7 @@ def test_a_short_write_is_void(tmp_path: Path, room: int) -> None:
     writer = JournalWriter(directory, supply, on_retired=retired.add, segment_size=SMALL)
     kept = message(3 * BLOCK)
     first = writer.append([kept])
-    assert supply._next is not None  # noqa: SLF001
-    supply._next.result(10)  # noqa: SLF001
+    until(lambda: len([*directory.segments(OWNED)]) == 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (first.end + room, resource.RLIM_INFINITY))
     with pytest.raises(AppendFailed) as raised:
         writer.append([message(2 * BLOCK), message()])
@@ -346,7 +363,7 @@ def test_a_segment_that_was_closed_is_not_written_again(directory: JournalDirect
     assert not retired
 
 
-class ClosingFile(SegmentFile):
+class ClosingFile(BrokenFile):
     """Another thread closes the segment while it is being written."""
 
     writer: JournalWriter
@@ -362,12 +379,11 @@ def test_a_segment_stays_open_until_its_write_has_ended(
 ) -> None:
     writer, _ = new_writer(broken)
     first = writer.append([message()])
-    file = ClosingFile(os.dup(writer.files[first.segment]._handle))  # noqa: SLF001
+    file = ClosingFile(broken.descriptor(first.segment + OWNED), broken)
     file.writer = writer
-    writer.files[first.segment] = file
+    writer.files[first.segment] = reopened(writer.files[first.segment], file)
     record = message()
     if fails:
-        file.sync = BrokenFile(os.dup(file._handle), broken).sync  # type: ignore[method-assign]  # noqa: SLF001
         broken.plan = {"sync": [0]}
         with pytest.raises(AppendFailed):
             writer.append([record])
@@ -399,13 +415,16 @@ class ShortFile(SegmentFile):
 
 
 class ShortDirectory(JournalDirectory):
+    path: Path
+
     def create(self, name: str) -> SegmentFile:
         file = super().create(name)
-        return ShortFile(os.dup(file._handle))  # noqa: SLF001
+        return reopened(file, ShortFile(os.open(self.path / DIRECTORY / name, os.O_RDWR)))
 
 
 def test_a_header_that_is_written_in_part_makes_no_segment(tmp_path: Path) -> None:
     directory = ShortDirectory(os.open(tmp_path, os.O_RDONLY))
+    directory.path = tmp_path
     directory.make()
     with pytest.raises(OSError) as raised:
         make_segment(directory, "ab" * 16, size=SMALL)
@@ -470,9 +489,6 @@ def test_a_segment_is_taken_although_no_thread_can_be_started(
 ) -> None:
     supply = SegmentSupply(directory, "ab" * 16, size=SMALL)
     supply.prepare()
-    ready = supply._next  # noqa: SLF001
-    assert ready is not None
-    ready.result(10)
 
     def refuse(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -489,13 +505,19 @@ class NearlyFullDirectory(JournalDirectory):
 
     free = 0
 
+    def __init__(self, path: Path) -> None:
+        super().__init__(os.open(path, os.O_RDONLY))
+        self.make()
+        self.asked = threading.Event()
+
     def free_octets(self) -> int:
-        return self.free
+        free = self.free
+        self.asked.set()
+        return free
 
 
 def test_a_segment_leaves_the_room_that_is_kept_free(tmp_path: Path) -> None:
-    directory = NearlyFullDirectory(os.open(tmp_path, os.O_RDONLY))
-    directory.make()
+    directory = NearlyFullDirectory(tmp_path)
     supply = SegmentSupply(directory, "ab" * 16, size=SMALL)
     directory.free = MIN_FREE + SMALL - 1
     for _ in range(2):
@@ -510,13 +532,10 @@ def test_a_segment_leaves_the_room_that_is_kept_free(tmp_path: Path) -> None:
 
 def test_a_segment_that_could_not_be_made_ahead_is_made_when_it_is_needed(tmp_path: Path) -> None:
     """The disk was full then."""
-    directory = NearlyFullDirectory(os.open(tmp_path, os.O_RDONLY))
-    directory.make()
+    directory = NearlyFullDirectory(tmp_path)
     supply = SegmentSupply(directory, "ab" * 16, size=SMALL)
     supply.prepare()
-    ready = supply._next  # noqa: SLF001
-    assert ready is not None
-    assert isinstance(ready.exception(10), OSError)
+    assert directory.asked.wait(20)
     directory.free = 1 << 40
     supply.take()
     supply.close()

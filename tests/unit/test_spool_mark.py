@@ -1,6 +1,7 @@
 """The file of the mark: whole and durable, whatever other processes do, and made again if lost."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,10 @@ def directory(tmp_path: Path) -> JournalDirectory:
 
 
 @pytest.fixture
-def spool(directory: JournalDirectory) -> int:
-    return directory._spool  # noqa: SLF001
+def spool(directory: JournalDirectory, tmp_path: Path) -> Iterator[int]:
+    handle = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    yield handle
+    os.close(handle)
 
 
 def content(directory: JournalDirectory) -> bytes:
