@@ -86,7 +86,8 @@ def due(when: datetime | None) -> str:
 
 @contextmanager
 def local_times(wanted: bool) -> Iterator[None]:
-    """Within it times for people have the zone of this machine, if that is wanted."""
+    """Within it times for people have the zone of this machine, and tables show times instead of
+    ages, if that is wanted."""
     before = _LOCAL.set(wanted)
     try:
         yield
@@ -99,8 +100,23 @@ def stamp(when: datetime | None) -> str:
     `2026-11-22 20:49:00+01:00`; empty for None."""
     if when is None:
         return ""
-    zoned = when.astimezone(None if _LOCAL.get() else UTC)
-    return zoned.isoformat(" ", "seconds").replace("+00:00", "Z")
+    if _LOCAL.get():
+        return when.astimezone().isoformat(" ", "seconds")
+    return _in_utc(when, " ", "seconds")
+
+
+def age_or_time(when: datetime | None) -> str:
+    """How long since or until, as `ago` says it; within `local_times` the time."""
+    return stamp(when) if _LOCAL.get() else ago(when)
+
+
+def due_or_time(when: datetime | None) -> str:
+    """How long until then, as `due` says it; within `local_times` the time."""
+    return stamp(when) if _LOCAL.get() else due(when)
+
+
+def _in_utc(when: datetime, separator: str, timespec: str) -> str:
+    return when.astimezone(UTC).isoformat(separator, timespec).removesuffix("+00:00") + "Z"
 
 
 def plain(text: str) -> str:
@@ -115,7 +131,7 @@ def plain(text: str) -> str:
 
 def _plain(value: object) -> object:
     if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat(timespec="milliseconds")
+        return _in_utc(value, "T", "milliseconds")
     if isinstance(value, Mapping):
         return as_json(value)
     return "" if value is None else value

@@ -220,7 +220,11 @@ Watch = Annotated[
     typer.Option(min=0.2, metavar="SECONDS", help="Repeat at this interval until Ctrl-C."),
 ]
 Local = Annotated[
-    bool, typer.Option("--local", help="Times in the zone of this machine; without it in UTC.")
+    bool,
+    typer.Option(
+        "--local",
+        help="Times in the zone of this machine, also for the ages of a table; else UTC.",
+    ),
 ]
 Reason = Annotated[
     str, typer.Option(help="Why you do it. It is recorded with your name and the time.")
@@ -267,11 +271,13 @@ def list_(
     ] = None,
     form: Format = None,
     watch: Watch = None,
+    local: Local = False,
     json_lines: Json = False,
 ) -> int:
     """List the queue, a line for each recipient, oldest first."""
     from commands.ops.listing import ListOptions, list_queue
     from commands.ops.watch import watched
+    from commands.output import local_times
 
     options = ListOptions(
         everything=everything,
@@ -279,8 +285,10 @@ def list_(
         newest=newest,
         columns=tuple(columns.replace(",", " ").split()) if columns else (),
         form=form_of(form, json_lines=json_lines),
+        local=local,
     )
-    return watched(watch, lambda: list_queue(filter_, options, count_by=count_by))
+    with local_times(local):
+        return watched(watch, lambda: list_queue(filter_, options, count_by=count_by))
 
 
 @command(queue)
@@ -340,14 +348,17 @@ def problems(
     ] = False,
     form: Format = None,
     watch: Watch = None,
+    local: Local = False,
     json_lines: Json = False,
 ) -> int:
     """Show what is wrong now, and the next command to type. Exits with status 1 if anything is."""
     from commands.ops.problems import show_problems
     from commands.ops.watch import watched
+    from commands.output import local_times
 
     shown = form_of(form, json_lines=json_lines)
-    return watched(watch, lambda: show_problems(form=shown, nagios=nagios))
+    with local_times(local):
+        return watched(watch, lambda: show_problems(form=shown, nagios=nagios))
 
 
 @command(queue)

@@ -6,7 +6,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from commands.output import Columns, ago, cut, due, size, span, stamp
+from commands.output import Columns, age_or_time, ago, cut, due_or_time, size, span, stamp
 from relay.report.rows import Row
 from relay.report.statistics import AGES
 
@@ -27,7 +27,7 @@ _CELLS: dict[str, Callable[[Any], str]] = {
 def _cell(name: str) -> Callable[[Row], str]:
     """How a table shows the value of that name."""
     empty = "<>" if name == "sender" else ""
-    form = _CELLS.get(name, ago if name.endswith("_at") else str)
+    form = _CELLS.get(name, age_or_time if name.endswith("_at") else str)
     return lambda row: empty if row[name] in (None, "") else form(row[name])
 
 
@@ -52,7 +52,9 @@ def circuit_of(row: Row) -> str:
 
 def _next(row: Row) -> str:
     """When a delivery is tried next, or for how long it has waited behind a pause."""
-    return f"paused {ago(row['paused_at'])}" if row["paused_at"] else due(row["next_at"])
+    if row["paused_at"]:
+        return f"paused {age_or_time(row['paused_at'])}"
+    return due_or_time(row["next_at"])
 
 
 COLUMNS: Columns = {
@@ -60,7 +62,10 @@ COLUMNS: Columns = {
     "NEXT": _next,
     **headed("REASON"),
 }
-# The columns of the view that COLUMNS shows.
+LOCAL_COLUMNS: Columns = {
+    "RECEIVED" if heading == "AGE" else heading: cell for heading, cell in COLUMNS.items()
+}
+# The columns of the view that both show.
 LISTED = (
     "queue_id, state, received_at, size, sender, recipient, servers, attempts, next_at, paused_at,"
     " reason"

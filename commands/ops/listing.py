@@ -8,7 +8,7 @@ a table shortens a value.
 from dataclasses import dataclass
 
 from commands.errors import DONE, NOTHING_MATCHED, WRONG_USE, CommandError, say
-from commands.ops.columns import COLUMNS, LISTED, columns_of
+from commands.ops.columns import COLUMNS, LISTED, LOCAL_COLUMNS, columns_of
 from commands.ops.database import opened, resolved
 from commands.output import Columns, write, write_lines
 from relay.report.filters import Filter
@@ -19,13 +19,14 @@ from relay.settings import Settings, load
 @dataclass(frozen=True, slots=True)
 class ListOptions:
     """What of the list is printed, and how. `everything`: finished mail too. `columns`: these
-    columns of the view alone. `form`: table, json, csv or tsv."""
+    columns of the view alone. `form`: table, json, csv or tsv. `local`: a table has local times."""
 
     everything: bool = False
     limit: int | None = None
     newest: bool = False
     columns: tuple[str, ...] = ()
     form: str = "table"
+    local: bool = False
 
 
 def list_queue(filter_: Filter, options: ListOptions, *, count_by: str | None = None) -> int:
@@ -72,7 +73,8 @@ def _list(queue: QueueReader, filter_: Filter, options: ListOptions) -> int:
         newest=options.newest,
         columns=", ".join(options.columns) or whole,
     )
-    shown = columns_of(*options.columns) if options.columns else COLUMNS
+    default = LOCAL_COLUMNS if options.local else COLUMNS
+    shown = columns_of(*options.columns) if options.columns else default
     return write(rows, shown, form=options.form)
 
 

@@ -17,7 +17,7 @@ from sqlalchemy import Engine
 from commands.errors import DONE, explanation, say
 from commands.ops.database import opened
 from commands.ops.show import disk_of, mounted_spool
-from commands.output import Columns, ago, plain, write
+from commands.output import Columns, age_or_time, plain, write
 from relay.queue.uncommitted import journal_lag
 from relay.report.problems import (
     CRITICAL,
@@ -37,7 +37,7 @@ NAGIOS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
 _COLUMNS: Columns = {
     "PROBLEM": lambda row: str(row["kind"]),
     "SUBJECT": lambda row: str(row["subject"]),
-    "SINCE": lambda row: ago(row["since"]),
+    "SINCE": lambda row: age_or_time(row["since"]),
     "COUNT": lambda row: str(row["count"]),
     "TEXT": lambda row: f"{row['text']}. Next: {row['next']}",
 }

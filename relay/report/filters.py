@@ -35,14 +35,14 @@ SPELLINGS = {
         "ILIKE",
         "~>=~",
         "~<~",
-        r"""to_char({} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24\:MI\:SS.MS"+00\:00"')""",
+        r"""to_char({} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24\:MI\:SS.MS"Z"')""",
         "now() + :{} * interval '1 second'",
     ),
     "sqlite": Spelling(
         "LIKE",
         ">=",
         "<",
-        "replace({}, ' ', 'T')",
+        r"replace(replace({}, ' ', 'T'), '+00\:00', 'Z')",
         r"strftime('%Y-%m-%d %H\:%M\:%f', 'now', :{} || ' seconds') || '+00\:00'",
     ),
 }

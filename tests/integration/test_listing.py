@@ -289,11 +289,18 @@ def test_times_are_utc_unless_local_ones_are_wanted(
     time.tzset()
     try:
         shown = {local: typed("show", queue_id, *local).stdout for local in ((), ("--local",))}
+        table = typed("list", "--format", "table", "--local").stdout
+        counts = typed("list", "--format", "table", "--local", "--count-by", "domain").stdout
+        (line,) = lines(typed("list", "--json", "--local"))
     finally:
         monkeypatch.undo()
         time.tzset()
     assert re.search(r"received: [-\d]+ [:\d]+Z ", shown[()])
     assert re.search(r"received: [-\d]+ [:\d]+\+02:00 ", shown["--local",])
+    assert re.search(r"^ID +STATE +RECEIVED ", table)
+    assert re.search(r" queued +[-\d]+ [:\d]+\+02:00 ", table)
+    assert re.search(r" [-\d]+ [:\d]+\+02:00 +example.org$", counts, re.M), counts
+    assert re.fullmatch(r"[-\d]+T[:\d]+\.\d{3}Z", line["received_at"]), "a program gets UTC"
     (row,) = queue.rows("SELECT * FROM mail_queue")
     assert queue.dialect.postgresql or row["received_at"].endswith("+00:00")
 
@@ -545,4 +552,6 @@ def test_lines_equal_rows(queue: QueueHarness, wanted: Filter) -> None:
 
 
 def formatted(value: object) -> str:
-    return value.isoformat(timespec="milliseconds") if isinstance(value, datetime) else str(value)
+    if not isinstance(value, datetime):
+        return str(value)
+    return value.isoformat(timespec="milliseconds").replace("+00:00", "Z")

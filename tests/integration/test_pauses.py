@@ -133,7 +133,7 @@ def test_the_commands_say_who_paused_it_and_why(
     rows = {row["queue_id"]: row for row in lines(typed("list", "--json"))}
     row = rows[overdue["bulk deferred"]]
     assert (row["reason"], row["last_reply"]) == (REASON, "its words")
-    assert row["paused_at"].endswith("+00:00")
+    assert row["paused_at"].endswith("Z")
     assert rows[overdue["default deferred"]]["reason"] == "its words"
     for words in ("its words", "ticket 812"):
         found = {row["queue_id"] for row in lines(typed("list", "--reply", words, "--json"))}

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
+from structlog.testing import capture_logs
 
 from relay.queue.operations import OPERATIONS, QueueOperations
 from relay.queue.outcome import Outcome
@@ -14,6 +16,7 @@ from relay.report.problems import KINDS, LEAST_FAILURES, disk, journal
 from relay.spool.store import Spool
 from tests.certificates import Authority
 from tests.integration.harness import QueueHarness, new_message
+from tests.integration.test_spooler import SpoolerHarness
 from tests.integration.typed import Typed, lines, typed_at
 from tests.services import free_port
 
@@ -196,6 +199,28 @@ def test_few_failures_are_no_leap(queue: QueueHarness, typed: Typed) -> None:
         queue.complete(claim, Outcome.DEFERRED)
     queue.change("UPDATE deliveries SET expires_at = @later(86400)")
     assert found(typed) == []
+
+
+def test_a_journal_whose_rows_are_late_is_a_problem(
+    queue: QueueHarness, typed: Typed, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with capture_logs():  # the spooler logs in this process, whose output the commands share
+        spooler = SpoolerHarness(queue, spool)
+        try:
+            spooler.acceptor.fault = OperationalError("COMMIT", {}, ConnectionResetError())
+            for request in [spooler.request(), spooler.request()]:
+                assert spooler.result(request) is None
+            monkeypatch.setattr("relay.report.problems.SLACK", 3600.0)
+            assert found(typed) == [], "rows may be late for a while"
+            monkeypatch.setattr("relay.report.problems.SLACK", 0.0)
+            assert brief(typed) == [("journal", "", 2)]
+            (row,) = found(typed)
+            assert row["text"].startswith("2 accepted messages have no rows yet, the oldest for ")
+            assert row["next"] == "qmqp-relay check"
+            spooler.acceptor.fault = None
+        finally:
+            spooler.finish()
+    assert "journal" not in {kind for kind, _, _ in brief(typed)}, "the spooler has made the rows"
 
 
 def test_full_disk_is_a_problem(

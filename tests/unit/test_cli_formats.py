@@ -93,7 +93,7 @@ def test_a_pipe_gets_whole_values_between_tabs(capsys: pytest.CaptureFixture[str
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("\t") for line in lines] == [
         ["name", "at"],
-        ["one two", "2026-11-22T12:00:00.000+00:00"],
+        ["one two", "2026-11-22T12:00:00.000Z"],
         ["three", ""],
     ]
 
@@ -102,7 +102,7 @@ def test_a_program_gets_an_object_a_line(capsys: pytest.CaptureFixture[str]) -> 
     assert write(ROWS, COLUMNS, json_lines=True) == 2
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert rows == [
-        {"name": "one\ttwo", "at": "2026-11-22T12:00:00.000+00:00"},
+        {"name": "one\ttwo", "at": "2026-11-22T12:00:00.000Z"},
         {"name": "three", "at": None},
     ]
 
