@@ -17,13 +17,14 @@ import operator
 import sys
 import traceback
 from collections.abc import Iterable
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pluggy
 
+from plugins.entries import installed_plugins, plugin_entries
 from plugins.runner import HookFunction, LoadedPlugin, Plugins
 from qmqp_relay import hooks, registration
 from qmqp_relay.registration import PluginArgumentError, PluginArguments, Relay
@@ -33,7 +34,6 @@ from relay.settings import Settings, SettingsError
 
 log = get_logger(__name__)
 BUNDLED = "plugins.bundled"
-GROUP = "qmqp_relay"
 LIMITS = {"timeout": "HOOK_TIMEOUT", "message_timeout": "MESSAGE_HOOK_TIMEOUT"}
 """The time limits of a plugin, and the names of the numbers (seconds) by which its module sets
 other defaults."""
@@ -47,12 +47,10 @@ class PluginError(SettingsError):
 
 def load(settings: Settings) -> Plugins | None:
     """Loads and registers all plugins; None without plugins. Raises PluginError."""
-    entries = [*settings.plugins]
-    installed = {point.name: point for point in entry_points(group=GROUP)}
-    named = {entry.name for entry in entries}
-    entries += [PluginEntry(name) for name in sorted(installed) if name not in named]
+    entries = plugin_entries(settings)
     if not entries:
         return None
+    installed = installed_plugins()
     manager = pluggy.PluginManager(hooks.PROJECT)
     manager.add_hookspecs(hooks)
     names = _names(entries)

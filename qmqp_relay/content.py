@@ -8,8 +8,10 @@ only one block of it is in memory.
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from email import message_from_bytes, policy
-from email.message import EmailMessage
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from email.message import EmailMessage
 
 BLOCK_SIZE = 64 * 1024
 LONGEST_HEADER = 1 << 20
@@ -52,9 +54,13 @@ class MessageContent:
         return ContentBlocks(self, size)
 
     @property
-    def header(self) -> EmailMessage:
+    def header(self) -> "EmailMessage":
         """The header of the stored part, parsed by `email` when it is first asked for."""
         if self._header is None:
+            # Most relays have no plugin that asks, and the parser takes half a MiB.
+            from email import message_from_bytes, policy
+            from email.message import EmailMessage
+
             text, end = b"", -1
             while end < 0 and len(text) < min(self._stored, LONGEST_HEADER):
                 text += self.read(BLOCK_SIZE, len(self.added) + len(text))

@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
-import psutil
-
 from reception.envelope import Recipient, Refused
 from reception.login import Login
 from reception.rates import RateExceeded, Rates
@@ -197,6 +195,8 @@ def client_networks(
 
 def connected_networks() -> tuple[Network, ...]:
     """The subnets of this machine's interfaces."""
+    import psutil  # only for a setting that names them
+
     networks: set[Network] = {
         ip_network(
             (plain_address(entry.ptp or entry.address), int(ip_address(entry.netmask)).bit_count()),

@@ -241,7 +241,7 @@ def main() -> None:
             engine,
             mark,
             limit=settings.journal_limit,
-            local=spool.is_local,
+            local=settings.local,
         )
         freeze_memory()
         spooler.run()

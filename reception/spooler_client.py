@@ -227,10 +227,11 @@ class SpoolerClient(asyncio.Protocol):
         return "killed" if self._process.cancelled() else self._process.result()
 
 
-def spooler_settings(settings: SmtpdSettings) -> SpoolerSettings:
+def spooler_settings(settings: SmtpdSettings, *, local: bool) -> SpoolerSettings:
     """The part of the settings that a spooler needs."""
     return SpoolerSettings(
         spool_dir=settings.spool_dir,
+        local=local,
         database_url=settings.database_url,
         queue_lifetime=settings.queue_lifetime,
         grace=settings.grace,
@@ -249,7 +250,7 @@ def launcher(settings: SmtpdSettings, spool: Spool) -> Launch:
         filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")))
     )
 
-    start = pickle.dumps((VERSION, tuple(spooler_settings(settings))))
+    start = pickle.dumps((VERSION, tuple(spooler_settings(settings, local=spool.is_local))))
     without_docstrings = ["-OO"] if sys.flags.optimize else []  # as smtpd itself runs
 
     async def launch(channel: socket.socket) -> object:

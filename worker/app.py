@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import sqlalchemy
 from celery import Celery, Task, signals
@@ -27,7 +27,7 @@ from celery.concurrency.thread import TaskPool
 from celery.exceptions import SecurityWarning
 from celery.utils.nodenames import host_format
 
-from plugins.runner import Plugins
+from plugins.entries import plugin_entries
 from relay import metrics
 from relay.db.engine import DatabaseError, retry_until_available
 from relay.dsn.generator import DsnGenerator
@@ -56,12 +56,14 @@ from worker.engine import RECORDING_TIME, Engine
 from worker.event_receiver import EventReceiver
 from worker.notifier import CONCURRENCY, Notifier
 from worker.periodic import PeriodicThread
-from worker.plugin_receiver import HOOK as EVENT_HOOK
-from worker.plugin_receiver import receiving
 from worker.rerouter import Rerouter
 from worker.segment_cleaner import SegmentCleaner
 from worker.spool_keeper import SpoolKeeper
 from worker.sweeper import Sweeper
+
+if TYPE_CHECKING:
+    from plugins.runner import Plugins
+    from worker.plugin_receiver import PluginReceiver
 
 log = get_logger(__name__)
 WRONG_USE = 2  # the exit status of a command for a bad setting (commands.errors)
@@ -192,21 +194,24 @@ class WorkerProcess:
             self._drained.wait()
 
 
-def _plugins_with_events(settings: WorkerSettings) -> Plugins | None:
+def _plugins_with_events(settings: WorkerSettings) -> "Plugins | None":
     """The plugins, if one of them has the hook `event`. Raises SettingsError."""
+    if not plugin_entries(settings):  # as in most workers, which import no more of them
+        return None
     from plugins.loader import load as load_plugins
+    from worker.plugin_receiver import HOOK
 
     plugins = load_plugins(settings)
-    return plugins if plugins is not None and EVENT_HOOK in plugins.hooks else None
+    return plugins if plugins is not None and HOOK in plugins.hooks else None
 
 
 def _notifiers(
-    settings: WorkerSettings, engine: sqlalchemy.Engine, plugins: Plugins | None
+    settings: WorkerSettings, engine: sqlalchemy.Engine, plugins: "Plugins | None"
 ) -> Sequence[Notifier]:
     """The notifier, if there is a receiver of events. Its subscriptions are registered here, before
     mail flows, so that it gets every event of this worker."""
     webhooks = load_webhooks(settings)
-    hooked = receiving(plugins) if plugins is not None else []
+    hooked = _hooked(plugins)
     if not webhooks and not hooked:
         return ()
     subscriptions = Subscriptions(engine)
@@ -221,6 +226,15 @@ def _notifiers(
             stop=plugins.stop if plugins is not None else None,
         ),
     )
+
+
+def _hooked(plugins: "Plugins | None") -> "Sequence[PluginReceiver]":
+    """The plugins that receive events."""
+    if plugins is None:
+        return ()
+    from worker.plugin_receiver import receiving
+
+    return receiving(plugins)
 
 
 def _clients(webhooks: Sequence[Webhook]) -> Sequence[EventReceiver]:

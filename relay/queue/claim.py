@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine
 
-from relay.db.engine import writing
+from relay.db.engine import writing, writing_once
 from relay.db.sql import Queries
 from relay.ids import dashed
 from relay.queue.model import (
@@ -113,7 +113,9 @@ class WorkerQueue:
         completions = [item for item in items if isinstance(item, Completion)]
         requests = [item for item in items if isinstance(item, ClaimRequest)]
         commit_unknown, self._commit_unknown = self._commit_unknown, True
-        with writing(self.engine) as connection:
+        # A message that comes alone waits for its claim, and BEGIN and COMMIT are round trips.
+        alone = len(items) == len(requests) == 1 == len(requests[0].capacity) and not commit_unknown
+        with (writing_once if alone else writing)(self.engine) as connection:
             # `Rescuer.expire_worker` locks the worker first and then its deliveries, as here.
             renewed = {
                 worker: self._queries.run(connection, "renew_lease", worker=dashed(worker)).rowcount

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -498,17 +499,18 @@ class Lost(Exception):
 @contextmanager
 def lost_commit(worker_queue: WorkerQueue, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The next commit of this queue is done, and its worker never learns that."""
-    from relay.db.engine import writing
+    from relay.db.engine import writing, writing_once
     from relay.queue import claim as claims
 
     @contextmanager
-    def doubtful(engine: Any) -> Iterator[Any]:
-        with writing(engine) as connection:
+    def doubtful(transaction: Any, engine: Any) -> Iterator[Any]:
+        with transaction(engine) as connection:
             yield connection
         raise OperationalError("COMMIT", {}, Lost())
 
     with monkeypatch.context() as patch:
-        patch.setattr(claims, "writing", doubtful)
+        patch.setattr(claims, "writing", partial(doubtful, writing))
+        patch.setattr(claims, "writing_once", partial(doubtful, writing_once))
         with pytest.raises(OperationalError):
             yield
 

@@ -103,6 +103,17 @@ def test_claim(queue: QueueHarness, size: int) -> None:
     assert counts == {"statements": CLAIM[kind(queue)], "commits": 1}
 
 
+def test_a_claim_alone_is_one_round_trip(queue: QueueHarness) -> None:
+    """On PostgreSQL the statement is its own transaction, so the message does not wait for the
+    answers to BEGIN and COMMIT."""
+    ids = accepted(queue, 2)
+    transactions: list[Connection] = []
+    event.listen(queue.database, "commit", note := transactions.append)
+    assert len(queue.claim(ids[0])) == 1
+    event.remove(queue.database, "commit", note)
+    assert len(transactions) == (kind(queue) == "sqlite")
+
+
 @pytest.mark.parametrize("size", ROUNDS)
 def test_record(queue: QueueHarness, size: int) -> None:
     claims = queue.claim(*accepted(queue, size))

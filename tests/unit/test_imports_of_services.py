@@ -45,12 +45,28 @@ def imported(service: str) -> set[str]:
 
 
 # smtpd validates the settings, keeps the counters and publishes the hints. The spooler only writes.
-UNUSED_BY_SPOOLER = ("celery", "kombu", "prometheus_client", "pydantic", "redis", "uvloop")
+UNUSED_BY_SPOOLER = (
+    "celery",
+    "kombu",
+    "prometheus_client",
+    "psutil",
+    "pydantic",
+    "redis",
+    "uvloop",
+)
 
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_service_imports_no_module_that_it_never_uses(service: str) -> None:
     assert not imported(service) & set(UNUSED)
+
+
+def test_smtpd_publishes_hints_without_celery() -> None:
+    assert not imported("smtpd") & {"amqp", "billiard", "celery", "kombu"}
+
+
+def test_a_worker_without_plugins_imports_none() -> None:
+    assert not imported("worker") & {"pluggy", "plugins.loader", "plugins.runner", "qmqp_relay"}
 
 
 def test_the_spooler_gets_values_and_imports_what_writes_them() -> None:
