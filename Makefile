@@ -8,9 +8,9 @@ SHELL := /bin/sh
 PYTHON ?=
 export PYTHON
 BIN := .venv/bin
-# A test waits more than it computes, so three at once are right for two cores. Example: make test TESTS="tests/unit -x"
+# A test waits more than it computes, so five at once are right for two cores. Example: make test TESTS="tests/unit -x"
 TESTS ?= tests
-PYTEST_WORKERS ?= 3
+PYTEST_WORKERS ?= 5
 # For `make soak`: the number of histories for each database and variant, and for the journal; the most seconds for a test.
 EXAMPLES ?= 1000
 SOAK_TIMEOUT ?= 14400

@@ -127,7 +127,7 @@ def test_silent_broker_is_given_up_in_seconds(broker: Broker, hints: Callable[..
     broker.pause()
     began = time.monotonic()
     publisher.offer([new_id()])
-    assert time.monotonic() - began < 0.5, "offer does not wait"
+    assert not publisher.away, "offer does not wait"
     until(lambda: publisher.away)
     assert time.monotonic() - began < 6
     broker.resume()

@@ -98,7 +98,7 @@ def test_every_outcome_of_a_request_can_be_recorded():
 def test_B1_accepted(deliver):
     with running_sink(Rule(Answer(b"K", b"Ok"))) as sink:
         result = deliver(sink)
-        assert sink.wait_for(1, 5)
+        assert sink.wait_for(1, 20)
     assert (result.outcome, result.text, result.committed) == (SendOutcome.DELIVERED, b"Ok", True)
     assert not result.flags
     assert (sink.received[0].sender, sink.received[0].recipients) == (b"s@x.test", (b"r@y.test",))
@@ -683,7 +683,7 @@ def test_B32_any_size_is_framed_exactly(deliver, size):
     data = os.urandom(size)
     with running_sink() as sink:
         result = deliver(sink, data, block_size=BLOCK)
-        assert sink.wait_for(1, 5)
+        assert sink.wait_for(1, 20)
     assert result.outcome is SendOutcome.DELIVERED
     assert result.bytes_sent == Request(size, b"s@x.test", [b"r@y.test"]).length
     assert (sink.received[0].size, sink.faults) == (size, type(sink.faults)())

@@ -78,7 +78,7 @@ def test_garbage_neither_ends_a_worker_nor_delays_a_hint(
             broker.ask("LPUSH", LIST, *(kinds[n % len(kinds)] for n in range(start, start + 100)))
         queue_id = home.mail.accept()
         broker.ask("LPUSH", LIST, entry_of({"": [queue_id]}, FRESH).decode())
-        until(lambda: home.mail.state(queue_id) == "delivered", 5, what=home.said)
+        until(lambda: home.mail.state(queue_id) == "delivered", 20, what=home.said)
         assert worker.poll() is None
         assert "hints refused" in home.said()
         assert home.mail.rows("SELECT count(*) AS n FROM workers") == [{"n": 1}]
@@ -135,7 +135,9 @@ def test_no_remote_command_stops_consuming(
             app.conf.broker_transport_options = celery_app(
                 home.mail.settings
             ).conf.broker_transport_options
-            answers = app.control.cancel_consumer(FRESH, reply=True, timeout=10 if allowed else 0.5)
+            answers = app.control.cancel_consumer(
+                FRESH, reply=True, timeout=10 if allowed else 0.5, limit=1
+            )
         assert len(answers) == allowed
         queue_id = home.mail.accept()
         hint(home, [queue_id])

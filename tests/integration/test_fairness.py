@@ -155,7 +155,7 @@ def test_D11_a_hundred_thousand_due_at_once_go_in_due_order_in_bounded_batches(
         "delivered": 50,
         "sending": 1,
     }
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
 
 
 def overdue(queue: QueueHarness, claims: int) -> None:
@@ -541,7 +541,7 @@ def test_hints_of_a_dead_route_block_no_task_and_no_other_route(
             for queue_id in dead:  # until the circuit of its server is open
                 engine.offer([queue_id], route="other").wait(5)
             until(lambda: engine.producer.capacity.closed("other"), 10)
-            assert engine.offer([mail.accept("d@other.example")], route="other").wait(2)
+            assert engine.offer([mail.accept("d@other.example")], route="other").wait(20)
             ids = [mail.accept() for _ in range(20)]
             engine.offer(ids, route="default")
             until(lambda: len(latencies(mail)) == len(ids), 10)

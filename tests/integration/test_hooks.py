@@ -569,7 +569,7 @@ def test_slow_hooks_delay_no_other_session(run: Run) -> None:
                 client.begin()
                 client.say(b".", b"250")
             times.append(time.monotonic() - before)
-        assert sorted(times)[len(times) // 2] < 0.1
+        assert sorted(times)[len(times) // 2] < 1, "a slow hook takes four"
         for client in slow:
             client.expect(b"250")
         assert 4 <= time.monotonic() - began < 10

@@ -52,6 +52,15 @@ def mail(
 
 
 @pytest.fixture
+def mail_on_disk(
+    clean_url: str, spool_on_disk: Spool, tmp_path: Path
+) -> Iterator[JournalWorkerHarness]:
+    harness = JournalWorkerHarness(clean_url, spool_on_disk, tmp_path)
+    yield harness
+    harness.close()
+
+
+@pytest.fixture
 def quick_recheck(monkeypatch: pytest.MonkeyPatch) -> None:
     """A body that does not verify is read again at once."""
     monkeypatch.setattr(engine, "RECHECK", 0.0)
@@ -116,7 +125,8 @@ def test_bodies_of_the_journal_and_of_files_are_sent_unchanged(
     assert mail.segment_path(ids[0]).exists()
 
 
-def test_cached_body_is_read_without_a_thread(mail: JournalWorkerHarness) -> None:
+def test_cached_body_is_read_without_a_thread(mail_on_disk: JournalWorkerHarness) -> None:
+    mail = mail_on_disk
     queue_id = mail.accept_one()
     place, reader = mail.place(queue_id), bodies(mail)
     assert reader.cached(len(BODY), place) is None, "its segment is not open"
@@ -173,8 +183,9 @@ def deleted_files() -> list[str]:
 
 
 def test_few_segments_are_open_at_a_time(
-    mail: JournalWorkerHarness, monkeypatch: pytest.MonkeyPatch
+    mail_on_disk: JournalWorkerHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    mail = mail_on_disk
     monkeypatch.setattr("relay.spool.journal.reader.MAX_OPEN", 1)
     first, second = mail.accept_all(BODY, BODY)
     mail.move(second, unlink=False)

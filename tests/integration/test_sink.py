@@ -54,7 +54,7 @@ def test_a_message_is_received_unchanged(new_loop):
     body = os.urandom(300_000)
     with running_sink(new_loop=new_loop) as sink:
         assert talk(sink, wire_of(b"r@y.test", b"q@z.test", body=body)) == b"16:KOk: queued as 1,"
-        assert sink.wait_for(1, 5)
+        assert sink.wait_for(1, 20)
     received = sink.received[0]
     assert (received.sender, received.recipients) == (b"s@x.test", (b"r@y.test", b"q@z.test"))
     assert (received.size, received.sha256, received.reply) == (
@@ -164,7 +164,7 @@ def test_B20_B22_a_silent_server():
         peer.connect(("127.0.0.1", sink.port))
         peer.settimeout(0.2)
         peer.sendall(wire_of())
-        assert sink.wait_for(1, 5)
+        assert sink.wait_for(1, 20)
         with pytest.raises(TimeoutError):
             peer.recv(1)
 
@@ -231,7 +231,7 @@ def test_a_dump_holds_messages_and_envelopes(tmp_path: Path):
         with running_sink(dump=tmp_path) as sink:
             talk(sink, wire_of(b"r\xff@y.test", body=b"hello %d\n" % number))
             assert talk(sink, wire_of()[:-1], then_end=True) == b""
-            assert sink.wait_for(number, 5)
+            assert sink.wait_for(number, 20)
             assert sink.wait_for_fault(5)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "00000001.eml",
@@ -254,7 +254,7 @@ def test_a_dump_holds_messages_and_envelopes(tmp_path: Path):
 def test_an_empty_message_is_dumped_too(tmp_path: Path):
     with running_sink(dump=tmp_path) as sink:
         talk(sink, wire_of(body=b""))
-        assert sink.wait_for(1, 5)
+        assert sink.wait_for(1, 20)
     assert (tmp_path / "00000001.eml").read_bytes() == b""
 
 
@@ -279,7 +279,7 @@ def test_only_the_last_requests_are_kept():
     with running_sink(keep=2) as sink:
         for _ in range(3):
             talk(sink, wire_of())
-        assert sink.wait_for(3, 5)
+        assert sink.wait_for(3, 20)
         assert [received.number for received in sink.received] == [2, 3]
 
 

@@ -69,7 +69,7 @@ class RawClient:
     """A client that sends and expects bytes."""
 
     def __init__(self, host: str, port: int, source: str = "127.0.0.1") -> None:
-        self.socket = socket.create_connection((host, port), timeout=10, source_address=(source, 0))
+        self.socket = socket.create_connection((host, port), timeout=30, source_address=(source, 0))
         self._received = b""
 
     def send(self, data: bytes) -> None:
