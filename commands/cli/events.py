@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from commands.cli.command import command
-from commands.cli.queue import Json, Reason, length
+from commands.cli.queue import Json, Local, Reason, length
 from commands.cli.usage import GroupedCommands
 
 events = typer.Typer(
@@ -51,14 +51,17 @@ def _show(
     since: str | None,
     queue_id: str | None,
     limit: int,
+    local: bool,
     json_lines: bool,
 ) -> int:
     from commands.ops.events import event_filter, follow_events, show_events
+    from commands.output import local_times
 
     filter_ = event_filter(kinds, length("--since", since), queue_id)
-    if follow:
-        return follow_events(filter_, limit=limit, json_lines=json_lines)
-    return show_events(filter_, limit=limit, json_lines=json_lines)
+    with local_times(local):
+        if follow:
+            return follow_events(filter_, limit=limit, json_lines=json_lines)
+        return show_events(filter_, limit=limit, json_lines=json_lines)
 
 
 @events.callback()
@@ -71,6 +74,7 @@ def show(
     since: Since = None,
     queue_id: Id = None,
     limit: Annotated[int, typer.Option(min=1, help="At most this many lines, the newest.")] = 100,
+    local: Local = False,
     json_lines: Json = False,
 ) -> None:
     """Show what became of mail, the newest last, as webhooks get it (docs/webhooks.md). Events are
@@ -82,6 +86,7 @@ def show(
             since=since,
             queue_id=queue_id,
             limit=limit,
+            local=local,
             json_lines=json_lines,
         )
 

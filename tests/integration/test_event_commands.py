@@ -1,8 +1,11 @@
 """The commands about events and webhooks, and what metrics and `problems` say of them."""
 
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from commands.ops.check import check_webhooks
+from commands.output import write
 from relay.events.model import EventType, NewSubscription
 from relay.events.subscriptions import Subscriptions
 from relay.metrics import QueueMetrics
@@ -59,6 +63,22 @@ def test_events_are_shown_as_webhooks_get_them(heard: QueueHarness, typed: Typed
     heard.change("UPDATE events SET at = @ago(3600)")
     assert typed("events", "--since", "30m", status=1).stderr == "qmqp-relay: no event matches\n"
     assert "no type sent" in typed("events", "--type", "sent", status=2).stderr
+
+
+def test_a_table_of_events_has_local_times_if_they_are_wanted(
+    heard: QueueHarness, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delivered(heard)
+    monkeypatch.setattr("commands.ops.events.write", partial(write, form="table"))
+    monkeypatch.setenv("TZ", "Etc/GMT-2")
+    time.tzset()
+    try:
+        shown = {local: typed("events", *local).stdout for local in ((), ("--local",))}
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert re.search(r"^[-\d]+ [:\d]+Z +delivered ", shown[()], re.M)
+    assert re.search(r"^[-\d]+ [:\d]+\+02:00 +delivered ", shown["--local",], re.M)
 
 
 def test_events_without_a_subscription_say_why_there_are_none(typed: Typed) -> None:
