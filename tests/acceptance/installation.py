@@ -22,6 +22,9 @@ from sqlalchemy import text
 
 from qmqp.sink import Sink
 from relay.db.engine import connect, reading
+from relay.queue.uncommitted import journal_lag
+from relay.report.queries import QueueReader
+from relay.spool.store import Spool
 from tests.acceptance.stack import ROOT, STARTING, relay_environ
 from tests.dialect import dialect_of
 from tests.postfix import program
@@ -42,6 +45,7 @@ class Installation:
         self.database = connect(database_url)
         self.dialect = dialect_of(self.database)
         self.spool = directory / "var" / "spool"
+        self.journal = Spool(self.spool)
         self.settings = {
             "STATE_DIR": str(directory / "var"),
             "DATABASE_URL": database_url,
@@ -180,13 +184,19 @@ class Installation:
         return self.to(recipient)
 
     def until_all_delivered(self, timeout: float = 60.0) -> None:
-        """Wait until every delivery is delivered, and the spool has no body."""
+        """Wait until what was accepted has its rows, every delivery is delivered, and the spool has
+        no body."""
+        until(lambda: not self.without_rows(), timeout, what=self.unfinished)
         until(lambda: not self.count("d.state <> 'delivered'"), timeout, what=self.unfinished)
         until(
             lambda: not self.bodies(),
             timeout,
             what=lambda: f"{self.bodies()} are left in the spool",
         )
+
+    def without_rows(self) -> int:
+        """The messages that were accepted and have no rows yet."""
+        return journal_lag(self.journal, QueueReader(self.database).segments()).messages
 
     def unfinished(self) -> str:
         rows = self.rows(
