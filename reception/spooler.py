@@ -183,10 +183,13 @@ class Spooler:
             size,
             [request.number for request in requests],
         )
-        wait = lag.messages >= self._reply_lag
-        if self._committer.put(batch, wait=wait):
-            return
-        self._answer([batch])
+        if lag.messages < self._reply_lag:
+            # The reply goes first: the thread that makes the rows would compete with it.
+            lag = lag._replace(messages=lag.messages + len(requests), octets=lag.octets + size)
+            self._reply([(number, None) for number in batch.numbers], lag=lag)
+            self._committer.put(batch, wait=False)
+        elif not self._committer.put(batch, wait=True):
+            self._answer([batch])
 
     def _answer(self, batches: Sequence[WrittenBatch]) -> None:
         if batches:
@@ -206,8 +209,9 @@ class Spooler:
         committed: dict[str, list[str]] | None = None,
         count: int = 0,
         seconds: float = 0.0,
+        lag: Lag | None = None,
     ) -> None:
-        reply = SpoolerReply(results, committed or {}, count, seconds, self.lag())
+        reply = SpoolerReply(results, committed or {}, count, seconds, lag or self.lag())
         # smtpd may have ended; the next read ends this process.
         with self._sending, suppress(OSError):
             self._channel.sendall(frame(reply))
