@@ -48,6 +48,8 @@ from relay.spool.store import Spool
 MAX_BATCH = 64  # messages
 MAX_BATCH_OCTETS = 4 << 20
 """Octets of envelopes and bodies above which a batch takes no further message."""
+RECEIVE = 1 << 16
+"""Octets that are read at once. A larger buffer would be mapped anew for each read."""
 REPLY_LAG = 1024  # messages
 REPLY_WAIT = 1.0
 """Seconds that a reply waits for the rows of its message."""
@@ -124,7 +126,7 @@ class Spooler:
             if not self._readable.poll(timeout):
                 break
             try:
-                data = self._channel.recv(1 << 20)
+                data = self._channel.recv(RECEIVE)
             except ConnectionResetError:
                 data = b""
             if not data:
@@ -132,6 +134,8 @@ class Spooler:
             requests = [StoreRequest(*values) for values in self._decoder.feed(data)]
             self._requests += requests
             self._octets += sum(map(_octets_to_write, requests))
+            if len(data) < RECEIVE:  # no more is there
+                break
         return True
 
     def _next_batch(self) -> list[StoreRequest]:
