@@ -63,7 +63,13 @@ def relay(
     routes = tmp_path_factory.mktemp("routes") / "routes.toml"
     routes.write_text(f'[vast]\nrecipients = ["vast.test"]\nservers = ["127.0.0.1:{vast.port}"]\n')
     relay = install(
-        "sqlite", QMQP_SERVERS=f"127.0.0.1:{sink.port}", MAX_MESSAGE_SIZE="128M", ROUTES=str(routes)
+        "sqlite",
+        QMQP_SERVERS=f"127.0.0.1:{sink.port}",
+        MAX_MESSAGE_SIZE="128M",
+        # A worker that is stopped within a transaction keeps SQLite's lock, so that nobody's rows
+        # are made: all vast messages wait at once.
+        JOURNAL_LIMIT=str(2 * AT_ONCE * 100 * MB),
+        ROUTES=str(routes),
     )
     worker = relay.worker(wait=False)
     relay.smtpd()
