@@ -13,7 +13,7 @@ database refuses gets rows that are held, because its client has heard 250.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from sqlalchemy import Engine
@@ -51,6 +51,9 @@ GATHER_MESSAGES = 64
 """Messages that do not wait for others."""
 MAX_HELD_OCTETS = 8 << 20
 """Octets of the envelopes of these messages."""
+EARLY = 0.02
+"""Seconds from the sync in which rows must be committed, or the early hint may have missed them and
+is repeated. Workers look for a message of an early hint for longer (`worker/producer.py`)."""
 ADOPT_INTERVAL = 60.0  # seconds
 MARK_INTERVAL = 1.0  # seconds
 _RECENT = 3600.0
@@ -64,7 +67,8 @@ type Committed = Callable[[Sequence["WrittenBatch"], Ids, int, float], object]
 @dataclass(slots=True, eq=False)
 class WrittenBatch:
     """A batch that is synced. `hints`: each message's id and routes; `size`: octets of envelopes
-    and bodies; `numbers`: the requests, whose results may wait for the rows."""
+    and bodies; `numbers`: the requests, whose results may wait for the rows; `hinted`: their hints
+    are published before the rows are made."""
 
     segment: str
     start: int
@@ -73,12 +77,22 @@ class WrittenBatch:
     hints: list[tuple[str, tuple[str, ...]]]
     size: int
     numbers: list[int] = field(default_factory=list)
+    hinted: bool = False
     written: float = field(default_factory=time.monotonic)
 
     @property
     def in_memory(self) -> int:
         """Octets of the envelopes, which wait in memory."""
         return sum(len(message.rows) for message in self.messages)
+
+
+def by_route(hints: Iterable[tuple[str, tuple[str, ...]]]) -> Ids:
+    """The ids of messages by their routes."""
+    ids: Ids = {}
+    for queue_id, routes in hints:
+        for route in routes:
+            ids.setdefault(route, []).append(queue_id)
+    return ids
 
 
 class JournalCommitter:
@@ -336,6 +350,7 @@ class JournalCommitter:
             [hint for batch in batches for hint in batch.hints],
             sum(batch.size for batch in batches),
             arrived,
+            hinted=all(batch.hinted for batch in batches),
         )
 
     # Making rows
@@ -353,12 +368,11 @@ class JournalCommitter:
             self._release(segment)
             return
         self._chunk = None
-        ids: Ids = {}
-        for queue_id, routes in chunk.hints:
-            for route in routes:
-                ids.setdefault(route, []).append(queue_id)
+        ended = time.monotonic()
+        found = chunk.hinted and ended <= chunk.arrived + EARLY
         replies = self._advance(segment, chunk)
-        self._committed(replies, ids, len(chunk.messages), time.monotonic() - started)
+        ids = {} if found else by_route(chunk.hints)
+        self._committed(replies, ids, len(chunk.messages), ended - started)
 
     def _advance(self, segment: OpenSegment, chunk: Chunk) -> list[WrittenBatch]:
         """The rows of a chunk are made; the batches whose replies waited for that."""

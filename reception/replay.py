@@ -79,7 +79,7 @@ class OpenSegment:
 @dataclass(slots=True)
 class Chunk:
     """What one transaction commits. `arrived`: when the first of it did (monotonic); `damages`:
-    parts of the segment that did not verify."""
+    parts of the segment that did not verify; `hinted`: the hints for all of it are published."""
 
     segment: OpenSegment
     start: int
@@ -89,6 +89,7 @@ class Chunk:
     size: int
     arrived: float
     damages: int = 0
+    hinted: bool = False
 
     @property
     def age(self) -> float:

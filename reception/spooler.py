@@ -23,7 +23,7 @@ from contextlib import suppress
 
 from sqlalchemy import Engine
 
-from reception.committer import JournalCommitter, WrittenBatch
+from reception.committer import Ids, JournalCommitter, WrittenBatch, by_route
 from reception.spooler_protocol import (
     VERSION,
     FrameDecoder,
@@ -55,6 +55,8 @@ REPLY_WAIT = 1.0
 """Seconds that a reply waits for the rows of its message."""
 DRAIN = 5.0
 """Seconds for the rows of the last messages when smtpd stops."""
+
+type Results = list[tuple[int, StoreFault | None]]
 
 
 class Spooler:
@@ -186,11 +188,14 @@ class Spooler:
             [(request.queue_id, request.routes) for request in requests],
             size,
             [request.number for request in requests],
+            hinted=len(requests) == 1 and 0 == lag.messages < self._reply_lag,
         )
         if lag.messages < self._reply_lag:
             # The reply goes first: the thread that makes the rows would compete with it.
             lag = lag._replace(messages=lag.messages + len(requests), octets=lag.octets + size)
-            self._reply([(number, None) for number in batch.numbers], lag=lag)
+            results: Results = [(number, None) for number in batch.numbers]
+            ids = by_route(batch.hints) if batch.hinted else {}
+            self._reply(results, ids, lag=lag, early=batch.hinted)
             self._committer.put(batch, wait=False)
         elif not self._committer.put(batch, wait=True):
             self._answer([batch])
@@ -200,7 +205,7 @@ class Spooler:
             self._reply([(number, None) for batch in batches for number in batch.numbers])
 
     def _committed(
-        self, batches: Sequence[WrittenBatch], ids: dict[str, list[str]], count: int, seconds: float
+        self, batches: Sequence[WrittenBatch], ids: Ids, count: int, seconds: float
     ) -> None:
         """The rows of some messages are committed, and these batches still need a reply."""
         self._reply(
@@ -209,13 +214,15 @@ class Spooler:
 
     def _reply(
         self,
-        results: list[tuple[int, StoreFault | None]],
-        committed: dict[str, list[str]] | None = None,
+        results: Results,
+        ids: Ids | None = None,
         count: int = 0,
         seconds: float = 0.0,
+        *,
         lag: Lag | None = None,
+        early: bool = False,
     ) -> None:
-        reply = SpoolerReply(results, committed or {}, count, seconds, lag or self.lag())
+        reply = SpoolerReply(results, ids or {}, count, seconds, lag or self.lag(), early)
         # smtpd may have ended; the next read ends this process.
         with self._sending, suppress(OSError):
             self._channel.sendall(frame(reply))

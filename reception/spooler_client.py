@@ -66,15 +66,15 @@ class _PendingRequest:
 
 class SpoolerClient(asyncio.Protocol):
     """Belongs to the loop. `launch` runs a spooler on its end of a socket until the spooler ends,
-    and ends it when cancelled. `on_committed` gets the ids whose rows have been made, and their
-    route; a result takes `deadline` seconds at most, or the spooler hangs."""
+    and ends it when cancelled. `offer` gets the ids whose rows have been made, or are being made
+    (`early`), and their route; a result takes `deadline` seconds at most, or the spooler hangs."""
 
     def __init__(
-        self, launch: Launch, on_committed: Callable[[list[str], str], None], deadline: float
+        self, launch: Launch, offer: Callable[[list[str], str, bool], None], deadline: float
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._launch = launch
-        self._on_committed = on_committed
+        self._offer = offer
         self._hang_after = deadline + HANG_TIMEOUT
         self.lag = Lag()
         self._numbers = itertools.count(1)
@@ -158,8 +158,8 @@ class SpoolerClient(asyncio.Protocol):
                 self._resolve(number, StoreFault(*fault) if fault else None)
             if reply.messages:
                 self._observe(reply.messages, reply.seconds)
-            for route, ids in reply.committed.items():
-                self._on_committed(ids, route)
+            for route, ids in reply.ids.items():
+                self._offer(ids, route, reply.early)
 
     def pause_writing(self) -> None:
         self._paused = True

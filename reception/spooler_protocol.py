@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
-VERSION = 4
+VERSION = 5
 """A spooler of another version refuses to start."""
 _LENGTH = struct.Struct("=I")
 
@@ -62,14 +62,16 @@ class Lag(NamedTuple):
 
 
 class SpoolerReply(NamedTuple):
-    """`results` by the requests' numbers (None: stored), and the ids by route whose rows have just
+    """`results` by the requests' numbers (None: stored), and the ids by route of messages that
+    workers may look for. `early`: their rows are only being made; else so many `messages` have just
     been committed, in so many `seconds`. The first reply of a spooler is empty: it has started."""
 
     results: list[tuple[int, StoreFault | None]]
-    committed: dict[str, list[str]]
+    ids: dict[str, list[str]]
     messages: int
     seconds: float
     lag: Lag
+    early: bool = False
 
 
 def frame(value: tuple[Any, ...]) -> bytes:

@@ -13,6 +13,7 @@ import base64
 import itertools
 import json
 import re
+from typing import NamedTuple
 from uuid import uuid4
 
 TASK = "deliver"
@@ -26,8 +27,15 @@ class NoHint(ValueError):
     """An entry of the broker's list is not a hint; the text says why."""
 
 
-def hinted(entry: bytes, most: int) -> dict[str, list[str]]:
-    """The ids of a hint by route, at most so many. Raises NoHint; decompresses nothing."""
+class Hint(NamedTuple):
+    """Ids by route of messages that may be claimed. `early`: their rows may not be there yet."""
+
+    ids: dict[str, list[str]]
+    early: bool = False
+
+
+def hinted(entry: bytes, most: int) -> Hint:
+    """The hint of an entry, with at most so many ids. Raises NoHint; decompresses nothing."""
     if len(entry) > _FIXED_BYTES + _BYTES_PER_ID * most:
         raise NoHint(f"{len(entry)} bytes")
     try:
@@ -37,7 +45,8 @@ def hinted(entry: bytes, most: int) -> dict[str, list[str]]:
             raise NoHint("another task, or compressed")
         if message["content-type"] != "application/json" or properties["body_encoding"] != "base64":
             raise NoHint("another content type")
-        (ids,), _, _ = json.loads(base64.b64decode(message["body"], validate=True))
+        (ids,), options, _ = json.loads(base64.b64decode(message["body"], validate=True))
+        early = options.get("early") is True
     except NoHint:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -51,11 +60,11 @@ def hinted(entry: bytes, most: int) -> dict[str, list[str]]:
     flat = itertools.chain.from_iterable(ids.values())
     if not all(isinstance(queue_id, str) and _ID.fullmatch(queue_id) for queue_id in flat):
         raise NoHint("an id is not 32 hex digits")
-    return ids
+    return Hint(ids, early)
 
 
-def entry_of(ids: dict[str, list[str]], queue: str) -> bytes:
-    """A new entry for these ids, as Celery writes it."""
+def entry_of(hint: Hint, queue: str) -> bytes:
+    """A new entry for this hint, as Celery writes it."""
     task_id = str(uuid4())
     headers = {
         "lang": "py",
@@ -80,8 +89,9 @@ def entry_of(ids: dict[str, list[str]], queue: str) -> bytes:
         "body_encoding": "base64",
         "delivery_info": {"exchange": "", "routing_key": queue},
     }
+    options = {"early": True} if hint.early else {}
     message = {
-        "body": base64.b64encode(json.dumps([[ids], {}, {}]).encode()).decode(),
+        "body": base64.b64encode(json.dumps([[hint.ids], options, {}]).encode()).decode(),
         "content-encoding": "utf-8",
         "content-type": "application/json",
         "headers": headers,

@@ -4,6 +4,7 @@ A hint is one task `deliver(ids)` with ids by route, `{"default": [id, ...]}`, s
 takes as many of each route as the route has capacity for; ids of a route without a name may be of
 any. Workers find the same messages in SQL a few seconds later, so a hint may be lost, doubled or
 late. No hint has a countdown, an eta or a retry: Redis' visibility timeout would duplicate it.
+A hint may also be early: the rows of its messages are only being committed.
 
 What must stay true: `Hints.offer` never blocks; a broker in an outage delays no reply to an SMTP
 client and no process that ends.
@@ -19,7 +20,7 @@ from redis import Redis
 
 from relay import metrics
 from relay.broker import KEY_PREFIX, connect
-from relay.hint_entry import entry_of
+from relay.hint_entry import Hint, entry_of
 from relay.log import first_line, get_logger
 
 log = get_logger(__name__)
@@ -33,6 +34,8 @@ WINDOW = 200
 PACE, PACE_EACH = 0.1, 0.005
 _LENGTH_INTERVAL = 1.0
 
+type _Offered = tuple[str, str, bool]  # a route, an id, and whether the hint is early
+
 
 class Hints:
     """Publishes hints to one queue of a broker from a thread of its own."""
@@ -41,7 +44,7 @@ class Hints:
         self._url = broker_url
         self._queue, self._list = queue, KEY_PREFIX + queue
         self._batch = batch_size
-        self._waiting: deque[tuple[str, str]] = deque(maxlen=WINDOW * batch_size)
+        self._waiting: deque[_Offered] = deque(maxlen=WINDOW * batch_size)
         self._changed = threading.Condition()
         self._closing = False
         self.away = False  # whether the broker does not answer
@@ -55,13 +58,14 @@ class Hints:
         """Start publishing."""
         self._thread.start()
 
-    def offer(self, ids: Iterable[str], route: str = "") -> None:
+    def offer(self, ids: Iterable[str], route: str = "", early: bool = False) -> None:
         """Queue a hint for these messages of a route (empty: unknown), unless the broker is away or
-        the list is full; never blocks, any thread."""
+        the list is full; never blocks, any thread. `early`: their rows may be there a little
+        later."""
         if self.away or self.full:
             return
         with self._changed:
-            self._waiting.extend((route, queue_id) for queue_id in ids)
+            self._waiting.extend((route, queue_id, early) for queue_id in ids)
             self._changed.notify()
 
     def lists(self) -> dict[str, float]:
@@ -105,9 +109,10 @@ class Hints:
             if not batch or self.full:
                 continue
             ids: dict[str, list[str]] = {}
-            for route, queue_id in batch:
+            for route, queue_id, _ in batch:
                 ids.setdefault(route, []).append(queue_id)
-            broker.lpush(self._list, entry_of(ids, self._queue))
+            hint = Hint(ids, early=any(early for _, _, early in batch))
+            broker.lpush(self._list, entry_of(hint, self._queue))
             self.published += 1
             published.inc()
             if len(batch) > 1:
@@ -117,8 +122,8 @@ class Hints:
                         lambda: self._closing or len(self._waiting) >= self._batch, pace
                     )
 
-    def _take(self) -> list[tuple[str, str]]:
-        """Up to a batch of routes and ids; none after _LENGTH_INTERVAL, so that the list is
+    def _take(self) -> list[_Offered]:
+        """Up to a batch of what was offered; nothing after _LENGTH_INTERVAL, so that the list is
         measured again."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing, _LENGTH_INTERVAL)

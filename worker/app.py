@@ -34,7 +34,7 @@ from relay.dsn.generator import DsnGenerator
 from relay.events.outbox import Outbox
 from relay.events.subscriptions import Subscriptions
 from relay.events.webhooks import Webhook, load_webhooks
-from relay.hint_entry import TASK
+from relay.hint_entry import TASK, Hint
 from relay.hints import QUEUES, RETRY, Hints
 from relay.log import configure, get_logger
 from relay.queue.claim import WorkerQueue
@@ -85,11 +85,15 @@ class WorkerProcess:
         signals.worker_shutting_down.connect(self.on_shutting_down, weak=False)
         signals.worker_shutdown.connect(self.on_shutdown, weak=False)
 
-    def deliver(self, ids: dict[str, list[str]], queue: str) -> None:
+    def deliver(self, hint: Hint, queue: str) -> None:
         """Offer messages, by route, to the engine; returns when the claim requests with them
         were answered, or they were dropped."""
-        if self.engine is not None:
-            for batch in [self.engine.offer(some, queue, route) for route, some in ids.items()]:
+        engine = self.engine
+        if engine is not None:
+            offered = [
+                engine.offer(ids, queue, route, early=hint.early) for route, ids in hint.ids.items()
+            ]
+            for batch in offered:
                 batch.wait()
 
     def start(self) -> None:
@@ -271,8 +275,9 @@ def build(settings: WorkerSettings) -> Celery:
     )
     process = WorkerProcess(settings, application)
 
-    def deliver(task: Task, ids: dict[str, list[str]]) -> None:
-        process.deliver(ids, (task.request.delivery_info or {}).get("routing_key", ""))
+    def deliver(task: Task, ids: dict[str, list[str]], *, early: bool = False) -> None:
+        queue = (task.request.delivery_info or {}).get("routing_key", "")
+        process.deliver(Hint(ids, early), queue)
 
     application.task(deliver, name=TASK, bind=True, shared=False)
     return application

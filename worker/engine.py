@@ -81,7 +81,7 @@ class Engine:
             observe=metrics.group_commit("outcomes"),
         )
         self.lease = Lease(queue, settings.lease, self._renew)
-        self.producer = Producer(settings, routes, self.servers, self._request)
+        self.producer = Producer(settings, routes, self.servers, self._request, self._poll_in)
         self._bodies = BodyIo(self._loop, spool, Bodies(spool, queue.engine))
         self._damaged_bodies = DamagedBodies()
         self._config = TransferConfig(settings, self.servers, self.lease.may_commit)
@@ -108,12 +108,15 @@ class Engine:
         self._commands.start()
         self._thread.start()
 
-    def offer(self, ids: Sequence[str], queue: str = "fresh", route: str = "") -> HintBatch:
+    def offer(
+        self, ids: Sequence[str], queue: str = "fresh", route: str = "", *, early: bool = False
+    ) -> HintBatch:
         """Deliver these messages as connections become free. Thread-safe; never blocks.
 
-        `queue` is the Celery queue of the hints, `route` their route if it is known.
+        `queue` is the Celery queue of the hints, `route` their route if it is known; `early`: their
+        rows may not be there yet.
         """
-        batch = HintBatch()
+        batch = HintBatch(early=early)
         if ids and not self._stopping:
             self._loop.call_soon_threadsafe(self._offered, batch, ids, queue, route)
         else:
@@ -202,6 +205,9 @@ class Engine:
                 self._gather(self._claim_at - now)
             else:
                 self.producer.produce(self.lease.worker, now)
+
+    def _poll_in(self, seconds: float) -> None:
+        self._loop.call_later(seconds, self._poll)
 
     def _gather(self, seconds: float) -> None:
         """Lets more slots become free: a claim for each would cost a transaction for each."""

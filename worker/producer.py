@@ -24,17 +24,30 @@ from relay.settings import WorkerSettings
 from worker.circuit_breaker import ConnectionSlot, ServerPool
 
 POLL_INTERVAL = 1.0  # seconds
+EARLY = 0.03
+"""Seconds for which the messages of an early hint are looked for. A spooler that takes longer than
+20 ms to commit their rows publishes a second hint (`reception/committer.py`)."""
+EARLY_PAUSE = 0.001
+"""Seconds between two such claims; half of the time that has passed, when that is longer."""
 
-type Hint = tuple[str, HintBatch]
+type HintedId = tuple[str, HintBatch]
 type Slots = list[ConnectionSlot | None]  # None: for a claim that needs no connection
 type ClaimsHandler = Callable[[Sequence[Claim]], Slots]
 
 
 class HintBatch(threading.Event):
     """The hints of one task. It is set, and the task ends, when the claim requests with their ids
-    were answered, or the ids were dropped."""
+    were answered, or the ids were dropped. `early`: the rows may be there a little later."""
 
-    left = 0
+    def __init__(self, *, early: bool = False) -> None:
+        super().__init__()
+        self.left = 0
+        self.received = time.monotonic()
+        self._until = self.received + EARLY if early else 0.0
+
+    def may_be_early(self, requested: float) -> bool:
+        """Whether a claim that was requested then (monotonic) may have come before the rows."""
+        return requested < self._until
 
 
 class HintQueue:
@@ -42,11 +55,12 @@ class HintQueue:
     neither is served twice in a row while the other waits."""
 
     def __init__(self) -> None:
-        self._hints: dict[str, deque[Hint]] = {name: deque() for name in QUEUES}
+        self._hints: dict[str, deque[HintedId]] = {name: deque() for name in QUEUES}
         self._turns = itertools.cycle(QUEUES)
         self.batches: set[HintBatch] = set()  # the unfinished ones
         self.requested = False  # whether a claim request is under way
         self.moved_at = 0.0  # when a hint last left, or came to the empty queue (monotonic)
+        self._pause_until = 0.0  # the rows of an early hint were not there
 
     def __len__(self) -> int:
         return sum(map(len, self._hints.values()))
@@ -59,15 +73,24 @@ class HintQueue:
         self.batches.add(batch)
         self._hints.get(queue, self._hints[FRESH]).extend((queue_id, batch) for queue_id in ids)
 
-    def take(self, most: int) -> list[Hint]:
+    def take(self, most: int) -> list[HintedId]:
         """Remove and return at most so many hints."""
-        taken: list[Hint] = []
+        taken: list[HintedId] = []
         while len(taken) < most and len(self):
             if hints := self._hints[next(self._turns)]:
                 taken.append(hints.popleft())
         return taken
 
-    def use(self, hints: Iterable[Hint]) -> None:
+    def may_be_requested(self, now: float) -> bool:
+        """Whether a claim request may take hints now (monotonic)."""
+        return bool(len(self)) and not self.requested and now >= self._pause_until
+
+    def put_back(self, hints: Sequence[HintedId], pause_until: float) -> None:
+        """Return hints whose messages were not there; they come first, after a pause."""
+        self._hints[FRESH].extendleft(reversed(hints))
+        self._pause_until = pause_until
+
+    def use(self, hints: Iterable[HintedId]) -> None:
         """The claim request with these ids was answered."""
         for _, batch in hints:
             batch.left -= 1
@@ -163,7 +186,8 @@ class Capacity:
 
 
 class Producer:
-    """Makes claim requests. `request` is called with each of them and a function for its claims."""
+    """Makes claim requests. `request` is called with each of them and a function for its claims;
+    `produce_in` has `produce` called in so many seconds."""
 
     def __init__(
         self,
@@ -171,10 +195,12 @@ class Producer:
         routes: Routes,
         servers: ServerPool,
         request: Callable[[ClaimRequest, ClaimsHandler], None],
+        produce_in: Callable[[float], None],
     ) -> None:
         self._settings = settings
         self._routes = routes
         self._request = request
+        self._produce_in = produce_in
         self.capacity = Capacity(routes, servers, settings.worker_connections, settings.batch_size)
         self.hints: dict[str, HintQueue] = {}  # by route
         self._hints_first = True
@@ -209,7 +235,7 @@ class Producer:
                 self._hints_first = source != self._use_hints
 
     def _use_hints(self, worker: str, now: float) -> bool:
-        waiting = [name for name, hints in self.hints.items() if not hints.requested and hints]
+        waiting = [name for name, hints in self.hints.items() if hints.may_be_requested(now)]
         random.shuffle(waiting)
         used = [
             self._use_hints_of(name, -(-self.capacity.free // (len(waiting) - n)), worker, now)
@@ -231,19 +257,26 @@ class Producer:
         hints.moved_at = now
         self._request(
             ClaimRequest(worker, [queue_id for queue_id, _ in taken], _counts(reserved)),
-            partial(self._hints_claimed, hints, taken, reserved),
+            partial(self._hints_claimed, hints, taken, reserved, now),
         )
         return True
 
     def _hints_claimed(
         self,
         hints: HintQueue,
-        taken: Sequence[Hint],
+        taken: Sequence[HintedId],
         reserved: Mapping[str, Slots],
+        requested: float,
         claims: Sequence[Claim],
     ) -> Slots:
         hints.requested = False
-        hints.use(taken)
+        early = _too_early(taken, claims, requested)
+        if early:
+            now = time.monotonic()
+            pause = max(EARLY_PAUSE, (now - early[0][1].received) / 2)
+            hints.put_back(early, now + pause)
+            self._produce_in(pause)
+        hints.use(hint for hint in taken if hint not in early)
         return self.capacity.release_unclaimed(reserved, claims)
 
     def _poll(self, worker: str, now: float) -> bool:
@@ -270,6 +303,16 @@ class Producer:
             more = found[name] >= most and not self.capacity.closed(name)
             self._poll_at[name] = 0.0 if more else later
         return self.capacity.release_unclaimed(reserved, claims)
+
+
+def _too_early(
+    taken: Sequence[HintedId], claims: Sequence[Claim], requested: float
+) -> list[HintedId]:
+    """The hints without a claim whose messages may have had no rows yet."""
+    if len(claims) >= len(taken):
+        return []
+    found = {claim.queue_id for claim in claims}
+    return [hint for hint in taken if hint[0] not in found and hint[1].may_be_early(requested)]
 
 
 def _counts(reserved: Mapping[str, Slots]) -> dict[str, int]:

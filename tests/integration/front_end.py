@@ -146,7 +146,7 @@ class ServerHarness:
     async def _serve(self) -> None:
         self.spooler = SpoolerClient(
             self._keep,
-            lambda ids, _route: self.hints.extend(ids),
+            lambda ids, _route, _early: self.hints.extend(ids),
             self.settings.accept_deadline,
         )
         await self.spooler.start()

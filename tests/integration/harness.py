@@ -264,13 +264,14 @@ class EngineHarness(QueueHarness):
         body: bytes = BODY,
         stored: bool = True,
         has_lock: bool = False,
+        queue_id: str = "",
         **more: Any,
     ) -> str:
         """Accept a message with a body, by the routes of the settings; its queue id.
 
         `stored`: whether its body is in the spool. `has_lock`: the caller has the write lock.
         """
-        queue_id, route_for = new_id(), Routes.load(self.settings).route_for
+        queue_id, route_for = queue_id or new_id(), Routes.load(self.settings).route_for
         if stored:
             self.spool.store(queue_id, [body])
         message = new_message(

@@ -11,7 +11,7 @@ import pytest
 from celery import Celery
 
 from qmqp.sink import running_sink
-from relay.hint_entry import entry_of
+from relay.hint_entry import Hint, entry_of
 from relay.hints import FRESH, Hints
 from relay.ids import new_id
 from tests import services
@@ -43,7 +43,7 @@ def bomb() -> str:
     """A hint whose body would be 300 MB."""
     packer = zlib.compressobj(9)
     packed = b"".join(packer.compress(bytes(1 << 20)) for _ in range(300)) + packer.flush()
-    made = json.loads(entry_of({"": [new_id()]}, FRESH))
+    made = json.loads(entry_of(Hint({"": [new_id()]}), FRESH))
     made["headers"]["compression"] = "application/x-gzip"
     return json.dumps(made | {"body": base64.b64encode(packed).decode()})
 
@@ -63,8 +63,8 @@ def test_garbage_neither_ends_a_worker_nor_delays_a_hint(
     with running_sink() as sink:
         home = processes(sink.port, broker.url, grace=600.0)
         worker = started(home)
-        wrong = entry_of({"": ["x" * 32]}, FRESH).decode()
-        many = entry_of({"": [new_id() for _ in range(65)]}, FRESH).decode()
+        wrong = entry_of(Hint({"": ["x" * 32]}), FRESH).decode()
+        many = entry_of(Hint({"": [new_id() for _ in range(65)]}), FRESH).decode()
         kinds = [
             "garbage",
             '{"properties": {}}',
@@ -77,7 +77,7 @@ def test_garbage_neither_ends_a_worker_nor_delays_a_hint(
         for start in range(0, 1300, 100):
             broker.ask("LPUSH", LIST, *(kinds[n % len(kinds)] for n in range(start, start + 100)))
         queue_id = home.mail.accept()
-        broker.ask("LPUSH", LIST, entry_of({"": [queue_id]}, FRESH).decode())
+        broker.ask("LPUSH", LIST, entry_of(Hint({"": [queue_id]}), FRESH).decode())
         until(lambda: home.mail.state(queue_id) == "delivered", 20, what=home.said)
         assert worker.poll() is None
         assert "hints refused" in home.said()

@@ -14,11 +14,13 @@ from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 import worker.engine
+import worker.producer
 from qmqp.body import BodyFile
 from qmqp.reply import ReplyParser
 from qmqp.sink import Answer, Rule, Sink, running_sink
+from relay.ids import new_id
 from relay.queue.claim import WorkerQueue
-from relay.queue.model import Command, CommandResult
+from relay.queue.model import ClaimRequest, Command, CommandResult
 from relay.routes import NO_SERVER
 from relay.spool.store import Spool
 from tests.integration.harness import BODY, EngineHarness
@@ -80,26 +82,67 @@ def test_a_hint_is_enough_to_deliver(harness_with: Open, sink: Sink) -> None:
     assert not mail.spool.path(queue_id).exists()
 
 
-def test_slots_gather_before_the_next_claim(
-    harness_with: Open, sink: Sink, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(worker.engine, "GATHER", 1e6)
+@pytest.fixture
+def hinted_claims(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many deliveries each claim request with hints got."""
     claimed = list[int]()
     commit = WorkerQueue.commit
 
     def counting(queue: WorkerQueue, items: Sequence[Command]) -> list[CommandResult]:
         results = commit(queue, items)
-        claimed.extend(len(result) for result in results if isinstance(result, list) and result)
+        for item, result in zip(items, results, strict=True):
+            if isinstance(item, ClaimRequest) and item.ids is not None:
+                assert isinstance(result, list)
+                claimed.append(len(result))
         return results
 
     monkeypatch.setattr(WorkerQueue, "commit", counting)
+    return claimed
+
+
+def test_an_early_hint_is_enough_to_deliver(
+    harness_with: Open,
+    sink: Sink,
+    hinted_claims: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its rows come later than the first claims; no other hint names the message."""
+    monkeypatch.setattr(worker.producer, "EARLY", 60.0)
+    mail = harness_with(sink, grace=60.0)
+    with mail.working() as engine:
+        late = new_id()
+        batch = engine.offer([late, there := mail.accept()], early=True)
+        until(lambda: mail.state(there) == "delivered", what="nothing waits for the other message")
+        until(lambda: hinted_claims.count(0) >= 3)
+        assert not batch.is_set()
+        mail.accept(queue_id=late)
+        assert batch.wait(10)
+        until(lambda: mail.state(late) == "delivered")
+    assert [*filter(None, hinted_claims)] == [1, 1]
+
+
+def test_claims_for_an_early_hint_end_without_its_message(
+    harness_with: Open, sink: Sink, hinted_claims: list[int]
+) -> None:
+    mail = harness_with(sink, grace=60.0)
+    with mail.working() as engine:
+        assert engine.offer([new_id()]).wait(10)
+        assert hinted_claims == [0], "another hint is not early"
+        assert engine.offer([new_id()], early=True).wait(10)
+    assert 3 <= len(hinted_claims) <= 12, "the pauses grow"
+
+
+def test_slots_gather_before_the_next_claim(
+    harness_with: Open, sink: Sink, hinted_claims: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker.engine, "GATHER", 1e6)
     mail = harness_with(sink, grace=60.0, server_connections=10)
     ids = [mail.accept() for _ in range(60)]
     with mail.working() as engine:
         engine.offer(ids)
         until(lambda: mail.states() == {"delivered"}, what="no slot waits when none is in use")
-    assert sum(claimed) == 60
-    assert len(claimed) <= 8, "ten at once, and not one for each slot that becomes free"
+    assert sum(hinted_claims) == 60
+    assert len(hinted_claims) <= 8, "ten at once, and not one for each slot that becomes free"
 
 
 def test_outcomes_are_logged_with_recipients_route_and_attempt(harness_with: Open) -> None:

@@ -66,7 +66,9 @@ def test_C13_SIZE_follows_the_routes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     async def scenario() -> None:
         smtp = Door("smtp", "RELAY_SMTP_LISTEN", Policy(settings), SmtpConnection)
-        receiver = SimpleNamespace(spooler=SpoolerClient(never, lambda _ids, _route: None, 60.0))
+        receiver = SimpleNamespace(
+            spooler=SpoolerClient(never, lambda _ids, _route, _early: None, 60.0)
+        )
         server = FrontEnd(
             asyncio.get_running_loop(),
             settings,

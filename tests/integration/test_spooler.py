@@ -122,7 +122,15 @@ class SpoolerHarness:
 
     def committed(self) -> list[str]:
         """The ids whose rows were announced, in order."""
-        return [i for reply in self.replies for ids in reply.committed.values() for i in ids]
+        found, early = list[str](), list[str]()
+        for reply in self.replies:
+            ids = [queue_id for some in reply.ids.values() for queue_id in some]
+            if reply.early:
+                early += ids
+            elif reply.messages:
+                found += ids or early  # the early hint names what is committed in time
+                early = []
+        return found
 
     def wait_for_rows(self, *requests: StoreRequest) -> None:
         while not {request.queue_id for request in requests} <= {*self.committed()}:
@@ -194,8 +202,43 @@ def test_a_stored_message_has_its_rows_and_its_body(harness: SpoolerHarness) -> 
         "queued",
         "queued",
     ]
-    (announced,) = [reply.committed for reply in harness.replies if reply.committed]
-    assert announced == {"default": [request.queue_id], "bulk": [request.queue_id]}
+    early = harness.replies[1]
+    assert early.ids == {"default": [request.queue_id], "bulk": [request.queue_id]}
+
+
+def test_the_hint_of_a_lone_message_comes_with_its_reply(
+    harness: SpoolerHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once, as its rows are made in time."""
+    monkeypatch.setattr("reception.committer.EARLY", 60.0)
+    request = harness.request()
+    assert harness.result(request) is None
+    assert harness.replies[-1].early
+    assert harness.replies[-1].ids == {"default": [request.queue_id]}
+    harness.wait_for_rows(request)
+    assert (harness.replies[-1].messages, harness.replies[-1].ids) == (1, {})
+
+
+def test_an_early_hint_is_repeated_when_the_rows_come_late(
+    harness: SpoolerHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers may have looked for them in vain by then."""
+    monkeypatch.setattr("reception.committer.EARLY", 0.0)
+    request = harness.request()
+    harness.wait_for_rows(request)
+    hints = [(reply.early, reply.ids) for reply in harness.replies if reply.ids]
+    ids = {"default": [request.queue_id]}
+    assert hints == [(True, ids), (False, ids)]
+
+
+def test_a_hint_is_not_early_while_other_messages_wait_for_rows(harness: SpoolerHarness) -> None:
+    harness.acceptor.gate.clear()
+    first, second = harness.request(), harness.request()
+    harness.result(second)
+    hinted = [queue_id for r in harness.replies for ids in r.ids.values() for queue_id in ids]
+    assert second.queue_id not in hinted
+    harness.acceptor.gate.set()
+    harness.wait_for_rows(first, second)
 
 
 def test_a_large_message_has_no_place_in_the_journal(harness: SpoolerHarness) -> None:
@@ -260,7 +303,7 @@ def test_a_reply_waits_for_its_rows_once_and_then_follows_the_sync(
     with spooler(queue, bound, reply_lag=0) as harness:
         quick = harness.request()
         harness.wait_for_rows(quick)
-        (both,) = [reply for reply in harness.replies if reply.committed]
+        (both,) = [reply for reply in harness.replies if reply.messages]
         assert both.results == [(quick.number, None)], "one reply says both"
         monkeypatch.setattr(reception.spooler, "REPLY_WAIT", 0.4)
         harness.acceptor.gate.clear()

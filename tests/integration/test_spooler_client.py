@@ -36,7 +36,7 @@ class ClientHarness:
     def __init__(self, *launches: Launch) -> None:
         self.launches, self.committed, self.results = list(launches), list[str](), list[Any]()
         self.spooler = SpoolerClient(
-            self._launch, lambda ids, _route: self.committed.extend(ids), DEADLINE
+            self._launch, lambda ids, _route, _early: self.committed.extend(ids), DEADLINE
         )
         self._changed = asyncio.Event()
 

@@ -37,7 +37,7 @@ class FakeHints(Hints):
     def __init__(self) -> None:
         self.offered: list[str] = []
 
-    def offer(self, ids: object, route: str = "") -> None:
+    def offer(self, ids: object, route: str = "", early: bool = False) -> None:
         assert isinstance(ids, list)
         self.offered += ids
 

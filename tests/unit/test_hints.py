@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from kombu.transport.virtual import Message
 
-from relay.hint_entry import NoHint, entry_of, hinted
+from relay.hint_entry import Hint, NoHint, entry_of, hinted
 
 IDS = [f"{n:032x}" for n in range(3)]
 
 
 def entry(change: Callable[[dict[str, Any]], object] = lambda _: None, *, ids: Any = IDS) -> bytes:
     """A hint for these ids, with a change to it."""
-    made = json.loads(entry_of({"bulk": ids} if isinstance(ids, list) else ids, "fresh"))
+    made = json.loads(entry_of(Hint({"bulk": ids} if isinstance(ids, list) else ids), "fresh"))
     change(made)
     return json.dumps(made).encode()
 
@@ -32,8 +32,8 @@ def test_only_ids_are_read_from_a_hint() -> None:
         "timelimit": 7,
         "callbacks": [{}],
     }
-    assert hinted(entry(lambda made: made["headers"].update(said)), 3) == {"bulk": IDS}
-    again = json.loads(entry_of({"bulk": IDS}, "retry"))
+    assert hinted(entry(lambda made: made["headers"].update(said)), 3) == Hint({"bulk": IDS})
+    again = json.loads(entry_of(Hint({"bulk": IDS}), "retry"))
     assert again["headers"]["eta"] is again["headers"]["expires"] is None
     assert again["properties"]["delivery_info"]["routing_key"] == "retry"
 
@@ -83,6 +83,7 @@ def test_only_ids_are_read_from_a_hint() -> None:
         pytest.param(entry(ids=["A" * 32]), id="capitals"),
         pytest.param(entry(ids=["0" * 32 + "\n"]), id="a line"),
         pytest.param(entry(ids=IDS * 2), id="more than a batch"),
+        pytest.param(with_body(json.dumps([[{"": IDS}], [], {}]).encode()), id="no options"),
         pytest.param(b" " * 20_000 + entry(), id="huge"),
     ],
 )
@@ -104,16 +105,27 @@ def test_a_body_is_not_unpacked() -> None:
 
 
 def test_a_batch_of_any_size_is_no_huge_entry() -> None:
-    assert len(hinted(entry(ids=IDS * 1000), 3000)["bulk"]) == 3000
+    assert len(hinted(entry(ids=IDS * 1000), 3000).ids["bulk"]) == 3000
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_hint_says_whether_it_is_early(early: bool) -> None:
+    assert hinted(entry_of(Hint({"bulk": IDS}, early), "fresh"), 3) == Hint({"bulk": IDS}, early)
+
+
+@pytest.mark.parametrize("options", [{"early": "yes"}, {"early": 1}, {"other": True}])
+def test_other_options_of_a_hint_are_ignored(options: dict[str, Any]) -> None:
+    body = json.dumps([[{"bulk": IDS}], options, {}]).encode()
+    assert hinted(with_body(body), 3) == Hint({"bulk": IDS})
 
 
 def test_a_plain_list_is_for_no_route_in_particular() -> None:
-    assert hinted(with_body(json.dumps([[IDS], {}, {}]).encode()), 3) == {"": IDS}
+    assert hinted(with_body(json.dumps([[IDS], {}, {}]).encode()), 3) == Hint({"": IDS})
 
 
 def test_ids_of_all_routes_together_are_at_most_a_batch() -> None:
     routes = entry(ids={"bulk": IDS, "default": IDS})
-    assert hinted(routes, 6) == {"bulk": IDS, "default": IDS}
+    assert hinted(routes, 6).ids == {"bulk": IDS, "default": IDS}
     with pytest.raises(NoHint):
         hinted(routes, 5)
 
@@ -126,6 +138,6 @@ def test_hints_are_what_kombu_reads() -> None:
             assert encoding == "base64"
             return base64.b64decode(body)
 
-    message = Message(json.loads(entry_of({"bulk": IDS}, "fresh")), channel=Channel())
+    message = Message(json.loads(entry_of(Hint({"bulk": IDS}), "fresh")), channel=Channel())
     message.accept = {"application/json"}
     assert message.decode() == [[{"bulk": IDS}], {}, {}]
