@@ -13,7 +13,7 @@ pauses claiming and never counts against the mail.
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -81,7 +81,7 @@ class Engine:
             observe=metrics.group_commit("outcomes"),
         )
         self.lease = Lease(queue, settings.lease, self._renew)
-        self.producer = Producer(settings, routes, self.servers, self._request, self._poll_in)
+        self.producer = Producer(settings, routes, self.servers, self._request, self._call_in)
         self._bodies = BodyIo(self._loop, spool, Bodies(spool, queue.engine))
         self._damaged_bodies = DamagedBodies()
         self._config = TransferConfig(settings, self.servers, self.lease.may_commit)
@@ -206,8 +206,12 @@ class Engine:
             else:
                 self.producer.produce(self.lease.worker, now)
 
-    def _poll_in(self, seconds: float) -> None:
-        self._loop.call_later(seconds, self._poll)
+    def _call_in(self, seconds: float, call: Callable[[], None]) -> None:
+        def then_poll() -> None:
+            call()
+            self._poll()
+
+        self._loop.call_later(seconds, then_poll)
 
     def _gather(self, seconds: float) -> None:
         """Lets more slots become free: a claim for each would cost a transaction for each."""

@@ -60,7 +60,6 @@ class HintQueue:
         self.batches: set[HintBatch] = set()  # the unfinished ones
         self.requested = False  # whether a claim request is under way
         self.moved_at = 0.0  # when a hint last left, or came to the empty queue (monotonic)
-        self._pause_until = 0.0  # the rows of an early hint were not there
 
     def __len__(self) -> int:
         return sum(map(len, self._hints.values()))
@@ -81,14 +80,13 @@ class HintQueue:
                 taken.append(hints.popleft())
         return taken
 
-    def may_be_requested(self, now: float) -> bool:
-        """Whether a claim request may take hints now (monotonic)."""
-        return bool(len(self)) and not self.requested and now >= self._pause_until
-
-    def put_back(self, hints: Sequence[HintedId], pause_until: float) -> None:
-        """Return hints whose messages were not there; they come first, after a pause."""
-        self._hints[FRESH].extendleft(reversed(hints))
-        self._pause_until = pause_until
+    def put_back(self, hints: Sequence[HintedId]) -> None:
+        """Return hints whose messages were not there, unless they were dropped meanwhile; they come
+        first."""
+        if not self:
+            self.moved_at = time.monotonic()
+        kept = [hint for hint in hints if not hint[1].is_set()]
+        self._hints[FRESH].extendleft(reversed(kept))
 
     def use(self, hints: Iterable[HintedId]) -> None:
         """The claim request with these ids was answered."""
@@ -187,7 +185,7 @@ class Capacity:
 
 class Producer:
     """Makes claim requests. `request` is called with each of them and a function for its claims;
-    `produce_in` has `produce` called in so many seconds."""
+    `call_in` calls a function in so many seconds, and then `produce`."""
 
     def __init__(
         self,
@@ -195,12 +193,12 @@ class Producer:
         routes: Routes,
         servers: ServerPool,
         request: Callable[[ClaimRequest, ClaimsHandler], None],
-        produce_in: Callable[[float], None],
+        call_in: Callable[[float, Callable[[], None]], None],
     ) -> None:
         self._settings = settings
         self._routes = routes
         self._request = request
-        self._produce_in = produce_in
+        self._call_in = call_in
         self.capacity = Capacity(routes, servers, settings.worker_connections, settings.batch_size)
         self.hints: dict[str, HintQueue] = {}  # by route
         self._hints_first = True
@@ -235,7 +233,7 @@ class Producer:
                 self._hints_first = source != self._use_hints
 
     def _use_hints(self, worker: str, now: float) -> bool:
-        waiting = [name for name, hints in self.hints.items() if hints.may_be_requested(now)]
+        waiting = [name for name, hints in self.hints.items() if not hints.requested and hints]
         random.shuffle(waiting)
         used = [
             self._use_hints_of(name, -(-self.capacity.free // (len(waiting) - n)), worker, now)
@@ -272,10 +270,8 @@ class Producer:
         hints.requested = False
         early = _too_early(taken, claims, requested)
         if early:
-            now = time.monotonic()
-            pause = max(EARLY_PAUSE, (now - early[0][1].received) / 2)
-            hints.put_back(early, now + pause)
-            self._produce_in(pause)
+            passed = time.monotonic() - early[0][1].received
+            self._call_in(max(EARLY_PAUSE, passed / 2), partial(hints.put_back, early))
         hints.use(hint for hint in taken if hint not in early)
         return self.capacity.release_unclaimed(reserved, claims)
 
