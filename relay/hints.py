@@ -6,17 +6,21 @@ any. Workers find the same messages in SQL a few seconds later, so a hint may be
 late. No hint has a countdown, an eta or a retry: Redis' visibility timeout would duplicate it.
 A hint may also be early: the rows of its messages are only being committed.
 
-What must stay true: `Hints.offer` never blocks; a broker in an outage delays no reply to an SMTP
-client and no process that ends.
+A thread publishes what was offered. An early hint is sent by the thread that offers it, if nothing
+else is under way: to wake another one takes longer than to send.
+
+What must stay true: `Hints.offer` never blocks, as it sends no more than one hint before the broker
+has answered; a broker in an outage delays no reply to an SMTP client and no process that ends.
 """
 
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 
 from redis import Redis
+from redis.connection import AbstractConnection
 
 from relay import metrics
 from relay.broker import KEY_PREFIX, connect
@@ -38,15 +42,19 @@ type _Offered = tuple[str, str, bool]  # a route, an id, and whether the hint is
 
 
 class Hints:
-    """Publishes hints to one queue of a broker from a thread of its own."""
+    """Publishes hints to one queue of a broker."""
 
     def __init__(self, broker_url: str, queue: str, batch_size: int) -> None:
         self._url = broker_url
         self._queue, self._list = queue, KEY_PREFIX + queue
+        self._count = metrics.hints(queue)
         self._batch = batch_size
         self._waiting: deque[_Offered] = deque(maxlen=WINDOW * batch_size)
         self._changed = threading.Condition()
         self._closing = False
+        self._idle: AbstractConnection | None = None  # while the thread waits and all was answered
+        self._unanswered = False  # a hint that `offer` has sent
+        self._error: Exception | None = None  # of `offer`
         self.away = False  # whether the broker does not answer
         self.full = False  # whether the list is longer than WINDOW
         self._measured = 0.0
@@ -66,6 +74,8 @@ class Hints:
             return
         with self._changed:
             self._waiting.extend((route, queue_id, early) for queue_id in ids)
+            if early and self._idle is not None:
+                self._send_from_caller(self._idle)
             self._changed.notify()
 
     def lists(self) -> dict[str, float]:
@@ -98,23 +108,22 @@ class Hints:
 
     def _serve(self, broker: Redis) -> None:
         """Publish over one connection until it breaks or `close` is called."""
-        published = metrics.hints(self._queue)
+        connection = broker.connection
+        assert connection is not None  # it is the client's only one
+        self._unanswered, self._error = False, None
         self._measure(broker)
         if self.away:
             log.info("broker back", queue=self._queue)
             self.away = False
         while not self._closing:
-            batch = self._take()
+            batch = self._take(connection)
+            if self._unanswered:
+                self._read_answer(connection)
             self._measure(broker)
             if not batch or self.full:
                 continue
-            ids: dict[str, list[str]] = {}
-            for route, queue_id, _ in batch:
-                ids.setdefault(route, []).append(queue_id)
-            hint = Hint(ids, early=any(early for _, _, early in batch))
-            broker.lpush(self._list, entry_of(hint, self._queue))
-            self.published += 1
-            published.inc()
+            self._send(connection, batch)
+            self._read_answer(connection)
             if len(batch) > 1:
                 with self._changed:
                     pace = min(PACE, PACE_EACH * len(batch))
@@ -122,12 +131,45 @@ class Hints:
                         lambda: self._closing or len(self._waiting) >= self._batch, pace
                     )
 
-    def _take(self) -> list[_Offered]:
+    def _take(self, connection: AbstractConnection) -> list[_Offered]:
         """Up to a batch of what was offered; nothing after _LENGTH_INTERVAL, so that the list is
-        measured again."""
+        measured again, and nothing after `offer` has sent a hint. Raises what `offer` met."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closing, _LENGTH_INTERVAL)
-            return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._batch))]
+            self._idle = connection
+            self._changed.wait_for(
+                lambda: self._waiting or self._unanswered or self._closing, _LENGTH_INTERVAL
+            )
+            self._idle = None
+            if self._error is not None:
+                raise self._error
+            return self._pop()
+
+    def _pop(self) -> list[_Offered]:
+        return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._batch))]
+
+    def _send_from_caller(self, connection: AbstractConnection) -> None:
+        """Sends an early hint; the thread reads the answer."""
+        self._idle, self._unanswered = None, True
+        try:
+            self._send(connection, self._pop())
+        except Exception as error:  # it is the thread's to handle
+            self._error = error
+
+    def _send(self, connection: AbstractConnection, batch: Sequence[_Offered]) -> None:
+        ids: dict[str, list[str]] = {}
+        for route, queue_id, _ in batch:
+            ids.setdefault(route, []).append(queue_id)
+        hint = Hint(ids, early=any(early for _, _, early in batch))
+        entry = entry_of(hint, self._queue)
+        packed = connection.pack_command("LPUSH", self._list, entry)  # type: ignore[no-untyped-call]
+        # `_measure` tries the connection, which would take too long here.
+        connection.send_packed_command(packed, check_health=False)  # type: ignore[no-untyped-call]
+
+    def _read_answer(self, connection: AbstractConnection) -> None:
+        connection.read_response()
+        self._unanswered = False
+        self.published += 1
+        self._count.inc()
 
     def _measure(self, broker: Redis) -> None:
         now = time.monotonic()

@@ -2,12 +2,15 @@
 broker."""
 
 import base64
+import itertools
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from redis.connection import AbstractConnection
 
 from relay.hint_entry import TASK
 from relay.hints import FRESH, RETRY, WINDOW, Hints
@@ -45,8 +48,8 @@ def length(broker: Broker, queue: str = FRESH) -> int:
     return int(broker.ask("LLEN", KEY(queue))[1:])
 
 
-def offered(publisher: Hints, queue_id: str) -> bool:
-    publisher.offer([queue_id])
+def offered(publisher: Hints, queue_id: str, *, early: bool = False) -> bool:
+    publisher.offer([queue_id], early=early)
     return True
 
 
@@ -80,6 +83,29 @@ def test_hint_groups_ids_by_route(broker: Broker, hints: Callable[..., Hints]) -
     assert args == [{"default": ids[:3], "bulk": ids[2:]}]
 
 
+def test_an_early_hint_is_sent_by_the_caller_if_nothing_else_is_under_way(
+    broker: Broker, hints: Callable[..., Hints], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    senders = list[str]()
+    send = AbstractConnection.send_packed_command
+
+    def noting(connection: AbstractConnection, command: Any, **options: Any) -> None:
+        if any(b"LPUSH" in part for part in command):
+            senders.append(threading.current_thread().name)
+        send(connection, command, **options)  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(AbstractConnection, "send_packed_command", noting)
+    publisher = hints()
+    until(lambda: offered(publisher, new_id(), early=True) and "MainThread" in senders)
+    broker.pause()
+    before, ids = len(senders), [new_id() for _ in range(3 * BATCH)]
+    for queue_id in ids:
+        publisher.offer([queue_id], early=True)
+    assert len(senders) <= before + 1, "no second one before an answer"
+    broker.resume()
+    until(lambda: {*ids} <= {*itertools.chain(*hinted(broker))})
+
+
 def test_queues_are_separate(broker: Broker, hints: Callable[..., Hints]) -> None:
     one, two = new_id(), new_id()
     hints(FRESH).offer([one])
@@ -102,14 +128,15 @@ def test_long_list_stops_hints_until_it_is_shorter(
     until(lambda: length(broker) == 1)
 
 
+@pytest.mark.parametrize("early", [False, True])
 def test_refusing_broker_is_given_up_and_used_again(
-    broker: Broker, hints: Callable[..., Hints]
+    broker: Broker, hints: Callable[..., Hints], early: bool
 ) -> None:
     publisher = hints()
     publisher.offer([new_id()])
     until(lambda: publisher.published == 1)
     broker.kill()
-    until(lambda: offered(publisher, new_id()) and publisher.away)
+    until(lambda: offered(publisher, new_id(), early=early) and publisher.away)
     began = time.monotonic()
     publisher.offer(new_id() for _ in range(100_000))
     assert time.monotonic() - began < 1.0
@@ -120,13 +147,16 @@ def test_refusing_broker_is_given_up_and_used_again(
     until(lambda: any(last in batch for batch in hinted(broker)))
 
 
-def test_silent_broker_is_given_up_in_seconds(broker: Broker, hints: Callable[..., Hints]) -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_silent_broker_is_given_up_in_seconds(
+    broker: Broker, hints: Callable[..., Hints], early: bool
+) -> None:
     publisher = hints()
     publisher.offer([new_id()])
     until(lambda: publisher.published == 1)
     broker.pause()
     began = time.monotonic()
-    publisher.offer([new_id()])
+    publisher.offer([new_id()], early=early)
     assert not publisher.away, "offer does not wait"
     until(lambda: publisher.away)
     assert time.monotonic() - began < 6
