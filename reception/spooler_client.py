@@ -158,8 +158,8 @@ class SpoolerClient(asyncio.Protocol):
                 self._resolve(number, StoreFault(*fault) if fault else None)
             if reply.messages:
                 self._observe(reply.messages, reply.seconds)
-            for route, ids in reply.ids.items():
-                self._offer(ids, route, reply.early)
+            for route, ids in reply.ids.items():  # after the replies to clients have left
+                self._loop.call_soon(self._offer, ids, route, reply.early)
 
     def pause_writing(self) -> None:
         self._paused = True
