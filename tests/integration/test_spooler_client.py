@@ -142,8 +142,8 @@ def test_a_request_of_a_dead_spooler_is_unknown_and_the_next_one_takes_those_tha
         assert fault.unknown
         client.store()  # the next two launches fail
         assert (await client.wait_for(2))[1:] == [None]
-        assert len(client.committed) == 1
         await client.spooler.close(10)
+        assert len(client.committed) == 1
 
     asyncio.run(run())
 
