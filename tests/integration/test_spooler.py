@@ -270,6 +270,8 @@ def test_rows_gather_after_a_batch_of_several(
         assert harness.acceptor.entered.wait(20)
         first += [harness.request() for _ in range(2)]
         assert [harness.result(request) for request in first] == [None] * 3
+        # A reply goes before the committer has its message.
+        until(lambda: harness.spooler.lag().messages == 3)
         harness.acceptor.gate.set()
         harness.wait_for_rows(*first)
         later = [harness.request() for _ in range(5)]
