@@ -186,13 +186,21 @@ class Installation:
     def until_all_delivered(self, timeout: float = 60.0) -> None:
         """Wait until what was accepted has its rows, every delivery is delivered, and the spool has
         no body."""
-        until(lambda: not self.without_rows(), timeout, what=self.unfinished)
-        until(lambda: not self.count("d.state <> 'delivered'"), timeout, what=self.unfinished)
+        self.until_all_recorded(timeout)
         until(
             lambda: not self.bodies(),
             timeout,
             what=lambda: f"{self.bodies()} are left in the spool",
         )
+
+    def until_all_recorded(self, timeout: float = 60.0) -> None:
+        """Wait until what was accepted has its rows, and every delivery is delivered."""
+        self.until_rows(timeout)
+        until(lambda: not self.count("d.state <> 'delivered'"), timeout, what=self.unfinished)
+
+    def until_rows(self, timeout: float = 60.0) -> None:
+        """Wait until what was accepted has its rows, which follow the replies."""
+        until(lambda: not self.without_rows(), timeout, what=self.unfinished)
 
     def without_rows(self) -> int:
         """The messages that were accepted and have no rows yet."""

@@ -65,7 +65,7 @@ def test_no_event_is_lost_or_reordered_by_kills(
                 feeder.until_accepted(20)
                 relay.end(smtpd, signal.SIGKILL)
                 smtpd = relay.smtpd()
-        until(lambda: not relay.count("d.state <> 'delivered'"), 60, what=relay.unfinished)
+        relay.until_all_recorded()
         until(lambda: not pending(relay), 60, what=relay.log_text)
         assert {one for one in feeder.accepted if not relay.to(one)} == set()
     compare(relay, receiver)
@@ -87,7 +87,7 @@ def test_receiver_that_never_replies_delays_no_mail(install: Install, tmp_path: 
         relay.smtpd()
         with Feeder(relay.port) as feeder:
             feeder.until_accepted(200)
-        until(lambda: not relay.count("d.state <> 'delivered'"), 15, what=relay.unfinished)
+        relay.until_all_recorded(15)
         assert receiver.received == []
         waiting = "SELECT count(*), count(claim) FROM notifications"
         ((count, claimed),) = relay.rows(waiting)

@@ -88,7 +88,7 @@ class KillScenario:
         feeder.stop()
         self.accepted |= feeder.accepted
         relay = self.relay
-        until(lambda: not relay.count("d.state <> 'delivered'"), 60, what=relay.unfinished)
+        relay.until_all_recorded()
         assert_none_lost(relay, self.accepted, self.sink, self.slow)
         known = {row[0] for row in relay.rows("SELECT @hex(id) FROM messages")}
         of_killed = {

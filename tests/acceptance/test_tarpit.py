@@ -65,6 +65,7 @@ def test_a_server_that_never_replies_delays_no_other_mail(
                 b"@pair.test"
             )
 
+        relay.until_rows()
         until(lambda: moving() == 0, 30, what=relay.unfinished)
         until(lambda: tarpit.count == CONNECTIONS, what=relay.unfinished)
         assert tarpit.connections == CONNECTIONS  # ever
