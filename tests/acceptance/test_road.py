@@ -37,6 +37,11 @@ class CountingSink(QmqpSink):
         counted = re.findall(rb"\d+", self.log.read_bytes())
         return int(counted[-1]) if counted else 0
 
+    def has_counted(self, count: int) -> None:
+        """So many messages were accepted, and no more. It counts a message after its reply."""
+        until(lambda: self.count >= count)
+        assert self.count == count
+
 
 @pytest.fixture(scope="module")
 def qmqp_sink() -> Iterator[CountingSink]:
@@ -106,12 +111,12 @@ def test_two_thousand_through_up(start_up: StartUp, qmqp_sink: CountingSink) -> 
             ).fetchall()
 
         until(
-            lambda: {state for state, *_ in states()} == {"delivered"},
+            lambda: sum(count for state, _, count in states() if state == "delivered") >= MANY,
             60,
             what=lambda: f"{states()}{up.log_text()}",
         )
         assert states() == [("delivered", 1, MANY)]
-    assert qmqp_sink.count == before + MANY
+    qmqp_sink.has_counted(before + MANY)
     until(lambda: not list(up.state_dir.glob("spool/*/" + "[0-9a-f]" * 32)), what="no body is left")
 
 
@@ -124,7 +129,7 @@ def test_two_thousand_on_postgresql(relay: Installation, qmqp_sink: CountingSink
         JOIN deliveries d ON d.queue_id = a.queue_id AND d.number = a.delivery
         WHERE d.route = 'default' GROUP BY d.claim_count, a.outcome"""
     ) == [(1, "delivered", MANY)]
-    assert qmqp_sink.count == before + MANY
+    qmqp_sink.has_counted(before + MANY)
 
 
 def test_a_real_qmqpd(relay: Installation, qmqpd: Postfix | None) -> None:
