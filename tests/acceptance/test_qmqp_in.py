@@ -55,13 +55,13 @@ def delivered(sink: Sink, recipient: bytes) -> list[bytes]:
 
 
 def test_many_from_qmqp_source(relay: Installation, sink: Sink, door: int) -> None:
-    options = ("-s", "20", "-m", str(MANY), "-l", "4096", "-f", "a@example.com")
+    options = ("-s", "20", "-m", str(MANY), "-l", "4096", "-f", "many@example.com")
     source = [installed("qmqp-source"), *options, "-t", "many@example.org", f"127.0.0.1:{door}"]
     done = subprocess.run(source, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     relay.until_all_delivered()
     rows = "SELECT count(*), min(protocol), max(protocol) FROM messages WHERE sender = :sender"
-    assert relay.rows(rows, sender="a@example.com") == [(MANY, "QMQP", "QMQP")]
+    assert relay.rows(rows, sender="many@example.com") == [(MANY, "QMQP", "QMQP")]
     messages = delivered(sink, b"many@example.org")
     assert len(messages) == MANY
     assert all(b"with QMQP id" in message for message in messages)
@@ -158,5 +158,6 @@ def test_a_relay_sends_too_many_recipients_in_parts(
         what=first.log_text,
     )
     assert {len(delivered(sink, recipient.encode())) for recipient in recipients} == {1}
+    until(lambda: not first.count("d.state = 'sending'"), what=first.unfinished)
     states = dict(first.rows("SELECT state, count(*) FROM deliveries GROUP BY state"))
     assert states == {"split": 1, "delivered": 2}
