@@ -48,8 +48,8 @@ LONG = (
 
 @dataclass(slots=True)
 class KillScenario:
-    """`example.org` goes to `sink`; `long.test` to `slow`, which hardly reads while
-    `SlowReader.slow_now`."""
+    """`example.org` goes to `sink`; `long.test` to `slow`, which hardly reads the connection after
+    `SlowReader.slow_next`."""
 
     relay: Installation
     sink: Sink
@@ -62,12 +62,11 @@ class KillScenario:
 
     def hold(self, name: str) -> subprocess.Popen[Any]:
         """Send one message to `slow`; the worker whose transfer hangs."""
-        self.reader.slow_now, connections = True, self.slow.connections
+        self.reader.slow_next = True
         recipient = f"{name}@long.test"
         self.relay.send(recipient, body=LONG)
         self.accepted.add(recipient)
-        until(lambda: self.slow.connections > connections, 20, what=self.relay.log_text)
-        self.reader.slow_now = False  # for the next connection
+        until(lambda: not self.reader.slow_next, 20, what=self.relay.log_text)
         pid = self.relay.rows(
             "SELECT w.pid FROM deliveries d JOIN workers w ON w.id = d.worker WHERE d.route"
             " = 'long'"
@@ -112,13 +111,15 @@ class KillScenario:
 
 @dataclass(slots=True)
 class SlowReader:
-    """A rule of the sink: how fast it reads a connection that opens now."""
+    """A rule of the sink: it hardly reads the next connection that opens, and no later one."""
 
-    slow_now: bool = False
+    slow_next: bool = False
 
     def __call__(self, recipients: object, digest: str) -> Answer | None:
-        opened = recipients is None
-        return Answer(read_size=1024, read_pause=0.2) if self.slow_now and opened else None
+        if recipients is not None or not self.slow_next:
+            return None
+        self.slow_next = False
+        return Answer(read_size=1024, read_pause=0.2)
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
