@@ -365,11 +365,22 @@ def test_a_plugin_that_denies_one_recipient_by_qmqp_denies_the_request(run: Run)
 
 # Faults of a hook
 
+UNTIL_THE_CLIENT_LEAVES = """
+import asyncio, threading
+
+left = threading.Event()
+
+@hookimpl
+async def disconnect():
+    left.set()
+
+@hookimpl
+"""
 HANGS = {
-    "def": "import time\n\n@hookimpl\ndef {hook}():\n    time.sleep(3)\n",
-    "async def": "import asyncio\n\n@hookimpl\nasync def {hook}():\n    await asyncio.sleep(100)\n",
+    "def": "def {hook}():\n    left.wait(60)\n",
+    "async def": "async def {hook}():\n    await asyncio.sleep(100)\n",
     "async def that cannot be cancelled": (
-        "import asyncio\n\n@hookimpl\nasync def {hook}():\n    for _ in range(30):\n"
+        "async def {hook}():\n    while not left.is_set():\n"
         "        try:\n            await asyncio.sleep(0.1)\n"
         "        except asyncio.CancelledError:\n            pass\n"
     ),
@@ -379,7 +390,10 @@ HANGS = {
 @pytest.mark.parametrize("kind", HANGS)
 @pytest.mark.parametrize("hook", ["helo", "rcpt", "data", "message"])
 def test_a_hook_that_hangs_is_451_and_the_session_lives(run: Run, hook: str, kind: str) -> None:
-    running = run(HANGS[kind].format(hook=hook), "timeout=200ms message_timeout=200ms")
+    running = run(
+        UNTIL_THE_CLIENT_LEAVES + HANGS[kind].format(hook=hook),
+        "timeout=200ms message_timeout=200ms",
+    )
     before = sample("relay_hook_calls_total", plugin="example", hook=hook, answer="late")
     began = time.monotonic()
     with talking(running) as client:
@@ -391,7 +405,7 @@ def test_a_hook_that_hangs_is_451_and_the_session_lives(run: Run, hook: str, kin
                 break
             client.expect(POSITIVE.get(name, b"250"))
         client.say(b"RSET", b"250")
-    assert 0.2 <= time.monotonic() - began < 2.5
+    assert time.monotonic() - began >= 0.2
     after = sample("relay_hook_calls_total", plugin="example", hook=hook, answer="late")
     assert after == before + 1
     assert running.database.messages == []
@@ -569,12 +583,15 @@ def test_slow_hooks_delay_no_other_session(run: Run) -> None:
 def test_a_hundred_threads_wait_at_once(run: Run) -> None:
     running = run(
         """
-        import time
+        import threading
+
+        all_of_them = threading.Barrier(100)
 
         @hookimpl
         def rcpt():
-            time.sleep(1)
+            all_of_them.wait(60)
         """,
+        "timeout=60s",
         max_connections_per_client=200,
     )
     with ExitStack() as stack:
@@ -583,10 +600,9 @@ def test_a_hundred_threads_wait_at_once(run: Run) -> None:
             client.expect(b"220")
             client.send(b"EHLO c.example\r\nMAIL FROM:<a@example.com>\r\n")
             client.send(b"RCPT TO:<b@example.org>\r\n")
-        began = time.monotonic()
         for client in slow:
+            client.socket.settimeout(60)
             client.expect(b"250", b"250", b"250")
-        assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("hook", ["message", "disconnect"])
