@@ -782,7 +782,7 @@ def test_C26_the_timeout_covers_a_whole_command(
 
 
 def test_C26_a_transaction_has_a_time_limit(run: Callable[..., SmtpHarness]) -> None:
-    running = run(session_timeout=0.5)
+    running = run(session_timeout=2.0)
     with talking(running) as idle, talking(running) as endless:
         endless.begin()
         idle.expect(b"220")
@@ -791,11 +791,12 @@ def test_C26_a_transaction_has_a_time_limit(run: Callable[..., SmtpHarness]) -> 
         assert endless.closed()
         idle.say(b"EHLO x", b"250")
         for _ in range(3):  # each transaction has its own time
+            before = time.monotonic()
             idle.say(b"MAIL FROM:<a@b.example>", b"250")
             [connection] = running.connections
             envelope = connection.session.envelope
             assert envelope is not None
-            assert envelope.started > time.monotonic() - 0.4
+            assert envelope.started >= before
             idle.say(b"RSET", b"250")
     until(lambda: not running.bodies())
 
