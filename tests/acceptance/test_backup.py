@@ -100,6 +100,7 @@ def copy_of(database: Path, directory: Path) -> Path:
     return backup
 
 
+@pytest.mark.timeout(300)  # a dozen programs start, one after the other
 @pytest.mark.parametrize("lost", [False, True], ids=["restored", "lost"])
 def test_a_database_of_this_morning_costs_nothing(
     install: Install, sink: Sink, tmp_path: Path, lost: bool
