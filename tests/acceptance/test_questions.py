@@ -127,7 +127,11 @@ def fill(night: Night) -> None:
     queue.rescuer.publish_routes(queue.worker, {"default": ["a:628", "b:628"], "bulk": ["c:628"]})
     old = f"{int(YESTERDAY.timestamp() * 1000):012x}{new_id()[12:]}"
     ids["csv"] = queue.accept("x@example.net", sender="shop@example.com", queue_id=old)
-    queue.change("UPDATE messages SET received_at = @ago(86400) WHERE id = @id(:id)", id=old)
+    queue.change(
+        "UPDATE messages SET received_at = @ago(:age) WHERE id = @id(:id)",
+        id=old,
+        age=(datetime.now(UTC) - YESTERDAY).total_seconds(),  # midnight may have passed since
+    )
     ids["late"] = queue.accept("x@late.example", sender="news@example.com")
     ids["twice"] = queue.accept("x@twice.example", header_message_id="<4711@app.example.com>")
     ids["bounced"] = queue.accept("x@gone.example")
@@ -283,7 +287,7 @@ def test_failing_server_and_stuck_mail_are_problems(night: Night) -> None:
     assert str(problem["since"])[:19].replace("T", " ") == str(row["failed_at"])[:19]
     assert row["circuit_open_reason"] in problem["text"]
     servers = re.sub(r"<[^>]*>", "", night.page(11))
-    assert re.search(r"c:628failing for \d+s: circuit open: connect: refused3", servers)
+    assert re.search(r"c:628failing for [\w ]+: circuit open: connect: refused3", servers)
     assert "c:628" in night.page(24).replace("<wbr>", "").replace('<span class="joined">', "")
     assert "problems</h1>" in night.page(24)
     assert [(row["state"], row["route"], int(row["overdue"])) for row in night.sql(24)] == [
