@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from relay.events.outbox import Outbox
 from relay.events.subscriptions import Subscriptions
@@ -33,10 +34,12 @@ def notified(queue: QueueHarness, entries: str) -> Iterator[None]:
     subscriptions.register([each.subscription for each in receivers])
     notifier = Notifier(Outbox(queue.database), subscriptions, lambda: receivers, stop=loaded.stop)
     notifier.start()
-    yield
-    notifier.close()
-    notifier.join(20)
-    assert not notifier.is_alive()
+    try:
+        yield
+    finally:
+        notifier.close()
+        notifier.join(20)
+        assert not notifier.is_alive()
 
 
 def deliver(queue: QueueHarness, count: int = 1) -> list[str]:
@@ -122,7 +125,8 @@ def test_plugin_that_fails_keeps_no_event_from_another(queue: QueueHarness, tmp_
         """,
         "good",
     )
-    with notified(queue, f"{bad}; {good}"):
+    # A traceback with the values of all variables takes a while to write, and there are twenty.
+    with capture_logs(), notified(queue, f"{bad}; {good}"):
         deliver(queue)
         until_done(queue)
     assert output.read_text().splitlines() == ["accepted", "delivered"]
