@@ -268,19 +268,19 @@ def test_why_explains_every_state(console: Console) -> None:
             r"held (by .*here|because it cannot be sent: no body).* It stays until an operator"
             r" releases, bounces or drops it"
         ),
-        "delivered": r"delivered \w+ ago to qmqp\.example\.net:628 \(try 1\): its words",
-        "dropped": r"dropped by .*here: .*, \w+ ago; no DSN is sent",
+        "delivered": r"delivered [\w ]+ ago to qmqp\.example\.net:628 \(try 1\): its words",
+        "dropped": r"dropped by .*here: .*, [\w ]+ ago; no DSN is sent",
         "deferred": (
             r"deferred(, and overdue for .*| until [-:0-9 ]+Z \(in .*\)), because .* \(try 1\)\."
             r" If it still fails after [-:0-9 ]+Z it expires, (and the sender is"
             r" told|without a DSN)"
         ),
         "expired": (
-            r"expired \w+ ago, because qmqp\.example\.net:628 deferred it: 451 still busy; (its"
+            r"expired [\w ]+ ago, because qmqp\.example\.net:628 deferred it: 451 still busy; (its"
             r" DSN|the send)"
         ),
         "bounced": (
-            r"bounced \w+ ago, because qmqp\.example\.net:628 rejected it: 550 5\.1\.1 .*; (its"
+            r"bounced [\w ]+ ago, because qmqp\.example\.net:628 rejected it: 550 5\.1\.1 .*; (its"
             r" DSN|the sender)"
         ),
     }
