@@ -24,6 +24,7 @@ from tests.integration.webhook_receiver import OK, WebhookReceiver, running_rece
 from tests.waiting import until
 from worker.notifier import CONCURRENCY
 
+pytestmark = pytest.mark.timeout(300)  # an adoption may be a minute away
 SETTINGS = {
     "LEASE": "2s",
     "GRACE": "1s",
