@@ -250,6 +250,9 @@ class EngineHarness(QueueHarness):
             "connect_timeout": 5.0,
             "reply_timeout": 5.0,
             "drain_timeout": 5.0,
+            # As many as RELAY_SERVER_CONNECTIONS: a poll that is under way has reserved all of
+            # them, and a delivery that goes on to the next server must find a slot there.
+            "worker_connections": 50,
             "queue_lifetime": 5 * 86400.0,
             "state_dir": directory,
             "spool_dir": spool.directory,
