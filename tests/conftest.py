@@ -78,6 +78,20 @@ for _name in [
 os.environ["NO_COLOR"] = "1"  # a terminal that a test pretends to have is plain, unless it says so
 
 
+def _log_plainly() -> None:
+    """As structlog does before it is configured, but with Python's own tracebacks, as the programs
+    have them: with rich's, which show the values of all variables, an error takes seconds."""
+    structlog.reset_defaults()
+    *processors, _ = structlog.get_config()["processors"]
+    renderer = structlog.dev.ConsoleRenderer(
+        colors=False, exception_formatter=structlog.dev.plain_traceback
+    )
+    structlog.configure(processors=[*processors, renderer])
+
+
+_log_plainly()
+
+
 def _migrate(url: str) -> None:
     from relay.db.engine import migrate  # slow to import, and most unit tests need none of it
 
@@ -96,9 +110,8 @@ def logs_as_they_were() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
-    if structlog.is_configured():
-        structlog.reset_defaults()
-        root.handlers[:], root.level = handlers, level
+    _log_plainly()
+    root.handlers[:], root.level = handlers, level
 
 
 @pytest.fixture(autouse=True)
