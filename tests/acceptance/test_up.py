@@ -48,7 +48,7 @@ def test_mail_is_delivered_after_every_process_was_killed(start_up: StartUp) -> 
         pid = up.child(name) or up.child(f"{name}-server") or up.child("redis-server")
         assert pid, name
         os.kill(pid, signal.SIGKILL)
-    until(lambda: up.log_text().count("child restarted") >= 3, 10, what=up.log_text)
+    until(lambda: up.log_text().count("child restarted") >= 3, STARTING, what=up.log_text)
     until(lambda: _listens(up.port), STARTING, what=up.log_text)
     up.send("me@example.org")
     up.until_state("me@example.org", "delivered")
@@ -127,7 +127,7 @@ def test_the_next_start_delivers_the_mail_of_a_killed_one(start_up: StartUp) -> 
     assert len(processes_of(first.state_dir)) == 5  # up, valkey, smtpd and its spooler, worker
     first.send("you@example.org")
     os.kill(first.pid, signal.SIGKILL)
-    until(lambda: not processes_of(first.state_dir), 5, what="the children died with it")
+    until(lambda: not processes_of(first.state_dir), 20, what="the children died with it")
     assert (first.state_dir / "broker.sock").exists()
     with running_sink() as sink:
         second = start_up(QMQP_SERVERS=f"127.0.0.1:{sink.port}")
