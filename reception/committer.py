@@ -55,6 +55,9 @@ EARLY = 0.02
 """Seconds from the sync in which rows must be committed, or the early hint may have missed them and
 is repeated. Workers look for a message of an early hint for longer (`worker/producer.py`)."""
 ADOPT_INTERVAL = 60.0  # seconds
+ADOPT_SOON = 10.0
+"""Seconds from the first adoption to the second. A spooler whose smtpd was killed goes on for five
+seconds with the rows that are missing, and has its segment until then."""
 MARK_INTERVAL = 1.0  # seconds
 _RECENT = 3600.0
 _PAUSE = 0.1
@@ -127,6 +130,7 @@ class JournalCommitter:
         self._gathering = False
         self._give_up_at = float("inf")
         self._adopt_at = 0.0
+        self._adopted_once = False
         self._mark_at = 0.0
         self._thread: threading.Thread | None = None
 
@@ -252,7 +256,8 @@ class JournalCommitter:
         now = time.monotonic()
         if now >= self._adopt_at and not self._closing:
             self._adopt()
-            self._adopt_at = now + ADOPT_INTERVAL
+            self._adopt_at = now + (ADOPT_INTERVAL if self._adopted_once else ADOPT_SOON)
+            self._adopted_once = True
         self._finish_segments()
         chunk = self._next_chunk()
         if chunk is not None:

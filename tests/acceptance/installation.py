@@ -21,7 +21,7 @@ import pytest
 from sqlalchemy import text
 
 from qmqp.sink import Sink
-from reception.committer import ADOPT_INTERVAL
+from reception.committer import ADOPT_SOON
 from relay.db.engine import connect, reading
 from relay.queue.uncommitted import journal_lag
 from relay.report.queries import QueueReader
@@ -196,12 +196,12 @@ class Installation:
 
     def until_all_recorded(self, timeout: float = 60.0) -> None:
         """Wait until what was accepted has its rows, and every delivery is delivered."""
-        self.until_rows(timeout + ADOPT_INTERVAL)
+        self.until_rows(timeout + ADOPT_SOON)
         until(lambda: not self.count("d.state <> 'delivered'"), timeout, what=self.unfinished)
 
     def until_rows(self, timeout: float = 60.0) -> None:
         """Wait until what was accepted has its rows, which follow the replies. A segment that a
-        dying spooler still had when the next one started is adopted ADOPT_INTERVAL later."""
+        dying spooler still had when the next one started is adopted ADOPT_SOON later."""
         until(lambda: not self.without_rows(), timeout, what=self.unfinished)
 
     def without_rows(self) -> int:

@@ -24,7 +24,7 @@ from tests.integration.webhook_receiver import OK, WebhookReceiver, running_rece
 from tests.waiting import until
 from worker.notifier import CONCURRENCY
 
-pytestmark = pytest.mark.timeout(300)  # an adoption may be a minute away
+pytestmark = pytest.mark.timeout(300)  # what a killed spooler left is adopted seconds later
 SETTINGS = {
     "LEASE": "2s",
     "GRACE": "1s",

@@ -131,6 +131,21 @@ def test_a_void_that_is_written_just_before_the_adoption_counts(
     assert count(queue) == 2, "of the owner's two messages one"
 
 
+def test_a_segment_whose_owner_ends_a_little_later_is_adopted_soon(
+    owner: SleepyOwner, queue: QueueHarness, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its smtpd was killed, and the next one started before it had ended."""
+    monkeypatch.setattr("reception.committer.ADOPT_SOON", 0.05)
+    spool.prepare(queue.database, unsafe=True)
+    owner.supply.spool = spool.identity
+    segment = owner.append()
+    with spooler(queue, spool) as other:
+        other.wait_for_rows(other.request())
+        assert count(queue) == 1, "not the owner's message"
+        owner.writer.files.pop(segment).close()
+        until(lambda: count(queue) == 2)
+
+
 def test_an_empty_segment_that_was_adopted_does_not_stop_the_committer(
     owner: SleepyOwner, queue: QueueHarness
 ) -> None:
