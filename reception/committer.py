@@ -33,6 +33,7 @@ from reception.replay import (
 )
 from reception.spooler_protocol import Lag
 from relay.db.engine import is_outage
+from relay.hint_entry import EARLY_COMMIT
 from relay.log import first_line, get_logger
 from relay.queue.accept import Acceptor, EncodedMessage, PositionMoved
 from relay.spool.journal.adoption import AdoptedSegment, adopt, voided_batches, voided_from
@@ -51,9 +52,6 @@ GATHER_MESSAGES = 64
 """Messages that do not wait for others."""
 MAX_HELD_OCTETS = 8 << 20
 """Octets of the envelopes of these messages."""
-EARLY = 0.02
-"""Seconds from the sync in which rows must be committed, or the early hint may have missed them and
-is repeated. Workers look for a message of an early hint for longer (`worker/producer.py`)."""
 ADOPT_INTERVAL = 60.0  # seconds
 ADOPT_SOON = 10.0
 """Seconds from the first adoption to the second. A spooler whose smtpd was killed goes on for five
@@ -374,9 +372,9 @@ class JournalCommitter:
             return
         self._chunk = None
         ended = time.monotonic()
-        found = chunk.hinted and ended <= chunk.arrived + EARLY
+        hint_suffices = chunk.hinted and ended <= chunk.arrived + EARLY_COMMIT
         replies = self._advance(segment, chunk)
-        ids = {} if found else by_route(chunk.hints)
+        ids = {} if hint_suffices else by_route(chunk.hints)
         self._committed(replies, ids, len(chunk.messages), ended - started)
 
     def _advance(self, segment: OpenSegment, chunk: Chunk) -> list[WrittenBatch]:

@@ -3,7 +3,8 @@
 The main thread reads the requests that are there (a batch), appends them to the journal, and
 replies. The committer (reception/committer.py) makes their rows. A reply follows the sync while
 less than REPLY_LAG messages wait for their rows; otherwise it waits for them, for at most a second.
-When a second was once not enough, replies follow the sync until no row is missing.
+When a second was once not enough, replies follow the sync until no row is missing. The reply to a
+message that came alone has its hint published too, early; other hints follow the COMMIT.
 
 What must stay true: a message is stored when its batch is synced, and nothing takes that back. A
 request gets one result. A batch whose fate is unknown gets the result that tells smtpd to close the

@@ -17,6 +17,12 @@ from typing import NamedTuple
 from uuid import uuid4
 
 TASK = "deliver"
+EARLY_COMMIT = 0.02
+"""Seconds from the sync of a message in which its rows must be committed; else its early hint may
+have come in vain, and a second one follows."""
+EARLY_SEARCH = 0.03
+"""Seconds from an early hint for which workers claim its messages. It is longer than EARLY_COMMIT,
+and begins later; so the last claim sees the rows, or a second hint follows."""
 # Bytes of an entry: in all but its ids, and for each id (43 in JSON and base64).
 _FIXED_BYTES = 8192
 _BYTES_PER_ID = 64

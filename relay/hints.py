@@ -6,8 +6,8 @@ any. Workers find the same messages in SQL a few seconds later, so a hint may be
 late. No hint has a countdown, an eta or a retry: Redis' visibility timeout would duplicate it.
 A hint may also be early: the rows of its messages are only being committed.
 
-A thread publishes what was offered. An early hint is sent by the thread that offers it, if nothing
-else is under way: to wake another one takes longer than to send.
+A thread publishes the ids that were offered. An early hint is sent by the thread that offers it, if
+no other ids wait: to wake another one takes longer than to send.
 
 What must stay true: `Hints.offer` never blocks, as it sends no more than one hint before the broker
 has answered; a broker in an outage delays no reply to an SMTP client and no process that ends.
@@ -73,9 +73,10 @@ class Hints:
         if self.away or self.full:
             return
         with self._changed:
+            idle = self._idle if early and not self._waiting else None
             self._waiting.extend((route, queue_id, early) for queue_id in ids)
-            if early and self._idle is not None:
-                self._send_from_caller(self._idle)
+            if idle is not None:
+                self._send_from_caller(idle)
             self._changed.notify()
 
     def lists(self) -> dict[str, float]:
@@ -132,8 +133,8 @@ class Hints:
                     )
 
     def _take(self, connection: AbstractConnection) -> list[_Offered]:
-        """Up to a batch of what was offered; nothing after _LENGTH_INTERVAL, so that the list is
-        measured again, and nothing after `offer` has sent a hint. Raises what `offer` met."""
+        """Up to a batch of offered ids; none after _LENGTH_INTERVAL, so that the list is measured
+        again, and none after `offer` has sent a hint. Raises the error of `offer`."""
         with self._changed:
             self._idle = connection
             self._changed.wait_for(

@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
+from relay.hint_entry import EARLY_SEARCH
 from relay.hints import FRESH, QUEUES
 from relay.queue.model import Claim, ClaimRequest
 from relay.routes import Route, Routes
@@ -24,11 +25,9 @@ from relay.settings import WorkerSettings
 from worker.circuit_breaker import ConnectionSlot, ServerPool
 
 POLL_INTERVAL = 1.0  # seconds
-EARLY = 0.03
-"""Seconds for which the messages of an early hint are looked for. A spooler that takes longer than
-20 ms to commit their rows publishes a second hint (`reception/committer.py`)."""
 EARLY_PAUSE = 0.001
-"""Seconds between two such claims; half of the time that has passed, when that is longer."""
+"""Seconds between two claims for an early hint; half of the time that has passed, when that is
+longer."""
 
 type HintedId = tuple[str, HintBatch]
 type Slots = list[ConnectionSlot | None]  # None: for a claim that needs no connection
@@ -42,12 +41,17 @@ class HintBatch(threading.Event):
     def __init__(self, *, early: bool = False) -> None:
         super().__init__()
         self.left = 0
-        self.received = time.monotonic()
-        self._until = self.received + EARLY if early else 0.0
+        self._received = time.monotonic()
+        self._until = self._received + EARLY_SEARCH if early else 0.0
 
     def may_be_early(self, requested: float) -> bool:
         """Whether a claim that was requested then (monotonic) may have come before the rows."""
         return requested < self._until
+
+    def pause(self, now: float) -> float:
+        """Seconds until the next claim for an early hint; the last begins when the time ends."""
+        growing = (now - self._received) / 2
+        return max(EARLY_PAUSE, min(growing, self._until - now))
 
 
 class HintQueue:
@@ -85,7 +89,7 @@ class HintQueue:
         first."""
         if not self:
             self.moved_at = time.monotonic()
-        kept = [hint for hint in hints if not hint[1].is_set()]
+        kept = [hint for hint in hints if hint[1] in self.batches]
         self._hints[FRESH].extendleft(reversed(kept))
 
     def use(self, hints: Iterable[HintedId]) -> None:
@@ -270,8 +274,9 @@ class Producer:
         hints.requested = False
         early = _too_early(taken, claims, requested)
         if early:
-            passed = time.monotonic() - early[0][1].received
-            self._call_in(max(EARLY_PAUSE, passed / 2), partial(hints.put_back, early))
+            now = time.monotonic()
+            pause = min(batch.pause(now) for _, batch in early)
+            self._call_in(pause, partial(hints.put_back, early))
         hints.use(hint for hint in taken if hint not in early)
         return self.capacity.release_unclaimed(reserved, claims)
 
@@ -305,10 +310,8 @@ def _too_early(
     taken: Sequence[HintedId], claims: Sequence[Claim], requested: float
 ) -> list[HintedId]:
     """The hints without a claim whose messages may have had no rows yet."""
-    if len(claims) >= len(taken):
-        return []
-    found = {claim.queue_id for claim in claims}
-    return [hint for hint in taken if hint[0] not in found and hint[1].may_be_early(requested)]
+    claimed = {claim.queue_id for claim in claims}
+    return [hint for hint in taken if hint[0] not in claimed and hint[1].may_be_early(requested)]
 
 
 def _counts(reserved: Mapping[str, Slots]) -> dict[str, int]:

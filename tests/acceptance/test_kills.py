@@ -31,7 +31,7 @@ from tests.acceptance.stack import command
 from tests.services import Postgres
 from tests.waiting import stands_still, until
 
-pytestmark = pytest.mark.timeout(300)  # what a killed spooler left is adopted seconds later
+pytestmark = pytest.mark.timeout(300)  # an adoption may be ten seconds away
 LEASE = 2.0
 SETTINGS = {
     "LEASE": f"{LEASE:g}s",

@@ -107,7 +107,7 @@ def test_an_early_hint_is_enough_to_deliver(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its rows come later than the first claims; no other hint names the message."""
-    monkeypatch.setattr(worker.producer, "EARLY", 60.0)
+    monkeypatch.setattr(worker.producer, "EARLY_SEARCH", 60.0)
     mail = harness_with(sink, grace=60.0)
     with mail.working() as engine:
         late = new_id()
@@ -128,7 +128,7 @@ def test_claims_for_an_early_hint_end_without_its_message(
     with mail.working() as engine:
         assert engine.offer([new_id()]).wait(10)
         assert hinted_claims == [0], "another hint is not early"
-        monkeypatch.setattr(worker.producer, "EARLY", 1.0)
+        monkeypatch.setattr(worker.producer, "EARLY_SEARCH", 1.0)
         assert engine.offer([new_id()], early=True).wait(10)
     assert len(hinted_claims) <= 20, "the pauses grow"
 
@@ -137,7 +137,7 @@ def test_an_early_hint_does_not_wait_for_a_tick(
     harness_with: Open, sink: Sink, hinted_claims: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each pause ends by itself; other claims come by the tick alone, four times a second."""
-    monkeypatch.setattr(worker.producer, "EARLY", 1e6)
+    monkeypatch.setattr(worker.producer, "EARLY_SEARCH", 1e6)
     monkeypatch.setattr(worker.engine.Engine, "_tick", lambda _: None)
     mail = harness_with(sink, grace=60.0)
     with mail.working() as engine:

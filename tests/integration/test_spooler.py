@@ -213,7 +213,7 @@ def test_the_hint_of_a_lone_message_comes_with_its_reply(
     harness: SpoolerHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And once, as its rows are made in time."""
-    monkeypatch.setattr("reception.committer.EARLY", 60.0)
+    monkeypatch.setattr("reception.committer.EARLY_COMMIT", 60.0)
     request = harness.request()
     harness.wait_for_rows(request)
     (stored,) = [reply for reply in harness.replies if reply.results]
@@ -226,7 +226,7 @@ def test_an_early_hint_is_repeated_when_the_rows_come_late(
     harness: SpoolerHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers may have looked for them in vain by then."""
-    monkeypatch.setattr("reception.committer.EARLY", 0.0)
+    monkeypatch.setattr("reception.committer.EARLY_COMMIT", 0.0)
     request = harness.request()
     harness.wait_for_rows(request)
     hints = [(reply.early, reply.ids) for reply in harness.replies if reply.ids]
@@ -236,10 +236,12 @@ def test_an_early_hint_is_repeated_when_the_rows_come_late(
 
 def test_a_hint_is_not_early_while_other_messages_wait_for_rows(harness: SpoolerHarness) -> None:
     harness.acceptor.gate.clear()
-    first, second = harness.request(), harness.request()
+    first = harness.request()
+    harness.result(first)
+    second = harness.request()  # in a batch of its own
     harness.result(second)
     hinted = [queue_id for r in harness.replies for ids in r.ids.values() for queue_id in ids]
-    assert second.queue_id not in hinted
+    assert hinted == [first.queue_id]
     harness.acceptor.gate.set()
     harness.wait_for_rows(first, second)
 

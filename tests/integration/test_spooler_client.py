@@ -34,10 +34,8 @@ class ClientHarness:
     """A client on a loop. Each launch of a spooler runs the next one of `launches`."""
 
     def __init__(self, *launches: Launch) -> None:
-        self.launches, self.committed, self.results = list(launches), list[str](), list[Any]()
-        self.spooler = SpoolerClient(
-            self._launch, lambda ids, _route, _early: self.committed.extend(ids), DEADLINE
-        )
+        self.launches, self.offers, self.results = list(launches), list[Any](), list[Any]()
+        self.spooler = SpoolerClient(self._launch, self._note_offer, DEADLINE)
         self._changed = asyncio.Event()
 
     async def _launch(self, channel: socket.socket) -> object:
@@ -47,6 +45,16 @@ class ClientHarness:
         return self.spooler.store(
             new_id(), b"{}", ("default",), len(body), [body], done or self._done
         )
+
+    def _note_offer(self, ids: list[str], route: str, early: bool) -> None:
+        self.offers.append((ids, route, early))
+        self._changed.set()
+
+    async def wait_for_offer(self) -> None:
+        async with asyncio.timeout(10):
+            while not self.offers:
+                self._changed.clear()
+                await self._changed.wait()
 
     def _done(self, result: StoreFault | None) -> None:
         self.results.append(result)
@@ -143,7 +151,29 @@ def test_a_request_of_a_dead_spooler_is_unknown_and_the_next_one_takes_those_tha
         client.store()  # the next two launches fail
         assert (await client.wait_for(2))[1:] == [None]
         await client.spooler.close(10)
-        assert len(client.committed) == 1
+        assert len(client.offers) == 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_ids_are_offered_as_the_spooler_says(early: bool) -> None:
+    ids = [new_id(), new_id()]
+
+    async def announcing(channel: socket.socket) -> object:
+        with channel:
+            channel.sendall(STARTED)
+            channel.sendall(frame(SpoolerReply([], {"bulk": ids}, 0, 0.0, Lag(), early)))
+            channel.setblocking(False)
+            await asyncio.get_running_loop().sock_recv(channel, 1)
+        return 0
+
+    async def run() -> None:
+        client = ClientHarness(announcing)
+        await client.spooler.start()
+        await client.wait_for_offer()
+        await client.spooler.close(10)
+        assert client.offers == [(ids, "bulk", early)]
 
     asyncio.run(run())
 

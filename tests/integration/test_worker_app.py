@@ -5,15 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from celery import Celery
 
 from qmqp.sink import Answer, Rule, running_sink
+from relay.hint_entry import Hint
 from relay.hints import FRESH, Hints
 from relay.settings import WorkerSettings, load
 from relay.spool.store import Spool
@@ -22,6 +24,7 @@ from tests.integration.harness import EngineHarness
 from tests.services import Broker
 from tests.waiting import until
 from worker.app import WorkerProcess
+from worker.engine import Engine
 
 type Spawn = Callable[..., subprocess.Popen[Any]]
 CELERY = (sys.executable, "-m", "celery", "-A", "worker.app")
@@ -233,6 +236,23 @@ def test_a_defect_at_startup_ends_the_worker(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(WorkerProcess, "start", lambda _: 1 / 0)
     with pytest.raises(SystemExit):
         process.on_init(SimpleNamespace(app=process.app, pool_cls="threads"))
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_hint_is_offered_by_route(early: bool) -> None:
+    offers = list[Any]()
+
+    def offer(*arguments: Any, **options: Any) -> threading.Event:
+        offers.append((arguments, options))
+        ended = threading.Event()
+        ended.set()
+        return ended
+
+    process = object.__new__(WorkerProcess)
+    process.engine = cast(Engine, SimpleNamespace(offer=offer))
+    process.deliver(Hint({"bulk": ["1"], "": ["2"]}, early), FRESH)
+    wanted = {"early": early}
+    assert offers == [((["1"], FRESH, "bulk"), wanted), ((["2"], FRESH, ""), wanted)]
 
 
 def test_a_worker_refuses_the_spool_of_another_database(processes: Any) -> None:

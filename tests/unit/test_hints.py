@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from kombu.transport.virtual import Message
 
-from relay.hint_entry import Hint, NoHint, entry_of, hinted
+from relay.hint_entry import EARLY_COMMIT, EARLY_SEARCH, Hint, NoHint, entry_of, hinted
 
 IDS = [f"{n:032x}" for n in range(3)]
 
@@ -106,6 +106,10 @@ def test_a_body_is_not_unpacked() -> None:
 
 def test_a_batch_of_any_size_is_no_huge_entry() -> None:
     assert len(hinted(entry(ids=IDS * 1000), 3000).ids["bulk"]) == 3000
+
+
+def test_workers_search_for_longer_than_an_early_hint_may_be_early() -> None:
+    assert EARLY_COMMIT < EARLY_SEARCH
 
 
 @pytest.mark.parametrize("early", [True, False])
