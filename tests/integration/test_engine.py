@@ -130,7 +130,7 @@ def test_claims_for_an_early_hint_end_without_its_message(
         assert hinted_claims == [0], "another hint is not early"
         monkeypatch.setattr(worker.producer, "EARLY_SEARCH", 1.0)
         assert engine.offer([new_id()], early=True).wait(10)
-    assert len(hinted_claims) <= 20, "the pauses grow"
+    assert len(hinted_claims) <= 60, "the pauses grow: else there would be hundreds"
 
 
 def test_an_early_hint_does_not_wait_for_a_tick(
