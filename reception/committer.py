@@ -127,8 +127,7 @@ class JournalCommitter:
         self._closing = False
         self._gathering = False
         self._give_up_at = float("inf")
-        self._adopt_at = 0.0
-        self._adopted_once = False
+        self._adopt_at = 0.0  # before the first adoption
         self._mark_at = 0.0
         self._thread: threading.Thread | None = None
 
@@ -254,8 +253,7 @@ class JournalCommitter:
         now = time.monotonic()
         if now >= self._adopt_at and not self._closing:
             self._adopt()
-            self._adopt_at = now + (ADOPT_INTERVAL if self._adopted_once else ADOPT_SOON)
-            self._adopted_once = True
+            self._adopt_at = now + (ADOPT_INTERVAL if self._adopt_at else ADOPT_SOON)
         self._finish_segments()
         chunk = self._next_chunk()
         if chunk is not None:

@@ -341,7 +341,7 @@ class Reception:
             self._log_fault(f"an envelope of {len(rows)} octets")
             self._send(_TOO_MANY)
             return
-        routes: tuple[str, ...] = ()  # of the hints; nobody claims a message that is held
+        routes: tuple[str, ...] = ()  # of the hints; a held message is not claimed
         if self._decision is None or self._decision.hold_reason is None:
             routes = tuple(dict.fromkeys(recipient.route for recipient in self._recipients))
         self._request = self._receiver.spooler.store(

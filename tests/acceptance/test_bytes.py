@@ -66,8 +66,8 @@ def relay(
         "sqlite",
         QMQP_SERVERS=f"127.0.0.1:{sink.port}",
         MAX_MESSAGE_SIZE="128M",
-        # A worker that is stopped within a transaction keeps SQLite's lock, so that nobody's rows
-        # are made: all vast messages wait at once.
+        # A worker that is stopped within a transaction keeps SQLite's lock. No rows are made then,
+        # and all vast messages wait at once.
         JOURNAL_LIMIT=str(2 * AT_ONCE * 100 * MB),
         ROUTES=str(routes),
     )

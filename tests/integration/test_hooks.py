@@ -160,7 +160,7 @@ def test_effects_of_a_plugin_reach_the_rows(run: Run, size: int) -> None:
     (delivery,) = [json.loads(f"[{rows}]") for rows in running.database.deliveries]
     assert delivery[0]["hold_reason"] == "held by plugin example: to be looked at"
     until(lambda: running.spooler.lag.messages == 0)
-    assert running.hints == [], "nobody could claim it"
+    assert running.hints == [], "a held message is not claimed"
     stored = body_of(running, message)
     assert message.size == len(stored)
     assert stored.endswith(text)
