@@ -127,14 +127,15 @@ class WorkerProcess:
             ),
         )
         servers.pauses = retry_until_available(rescuer.paused)
-        self.engine = Engine(settings, queue, state.spool, routes, servers=servers)
+        self.engine = engine = Engine(settings, queue, state.spool, routes, servers=servers)
+        keeper = SpoolKeeper(state.engine, state.spool, mark, lambda: engine.outcomes)
         hints = Hints(settings.broker_url, RETRY, settings.batch_size)
         parts: tuple[PeriodicThread | Hints | Notifier, ...] = (
             Sweeper(settings, rescuer, generator, self.engine, hints),
             Cleaner(settings, state.engine, state.spool),
             SegmentCleaner(settings, state.engine, state.spool),
             Rerouter(rescuer, operations, routes),
-            SpoolKeeper(state.engine, state.spool, mark),
+            keeper,
             hints,
             *_notifiers(settings, state.engine, plugins),
         )
@@ -147,11 +148,16 @@ class WorkerProcess:
         reported = metrics.QueueMetrics(state.engine, state.spool, hints.lists)
         metrics.serve(settings, reported, tls_context=metrics_context(settings))
         threading.Thread(
-            target=self._drain, args=(self.engine, parts), name="end", daemon=True
+            target=self._drain, args=(engine, keeper, parts), name="end", daemon=True
         ).start()
         freeze_memory()
 
-    def _drain(self, engine: Engine, parts: Sequence[PeriodicThread | Hints | Notifier]) -> None:
+    def _drain(
+        self,
+        engine: Engine,
+        keeper: SpoolKeeper,
+        parts: Sequence[PeriodicThread | Hints | Notifier],
+    ) -> None:
         self._stop_requested.wait()
         limit = self.settings.drain_timeout + 2 * RECORDING_TIME
         timer = threading.Timer(limit, _leave, args=("the drain took too long",))
@@ -160,6 +166,7 @@ class WorkerProcess:
         for part in parts:
             part.close()
         recorded = engine.drain(self.settings.drain_timeout)
+        keeper.finish()
         log.info("drained", recorded=recorded)
         timer.cancel()
         self._drained.set()

@@ -1,11 +1,12 @@
 """The mark: a number by which the spool notices a database that was restored from a backup.
 
-`spool.mark` rises by one at most once a second while mail is accepted, and every ten seconds while
-a worker runs. After the COMMIT the new value is written to `journal/mark` in the spool, and batches
-of the journal carry it. A database whose mark is below that of the spool has lost what was
-committed since: its queue may hold mail that was delivered. Connections to it are refused, which
-the relay takes for an outage: smtpd accepts mail into the journal, and workers claim nothing, until
-`qmqp-relay fsck --rebuild` has held what is in doubt.
+`spool.mark` rises by one within a second after rows were made of accepted mail or a worker recorded
+an outcome, once for all of that second, and every ten seconds while a worker runs. After the
+COMMIT the new value is written to `journal/mark` in the spool, and batches of the journal carry it.
+A database whose mark is below that of the spool has lost what was committed since: its queue may
+hold mail that was delivered. Connections to it are refused, which the relay takes for an outage:
+smtpd accepts mail into the journal, and workers claim nothing, until `qmqp-relay fsck --rebuild`
+has held what is in doubt.
 
 What must stay true: the file is written after the COMMIT and never before it, so that a COMMIT that
 fails raises no alarm. File and name are synced, because segments are removed by what the database

@@ -198,11 +198,12 @@ def test_a_spooler_syncs_and_commits_a_batch_as_one(
     syncs.clear()
     with counted(queue.database) as counts:
         store(messages[1:])
+    synced = syncs["fdatasync"]
     ours.close()
     thread.join(10)
     theirs.close()
     assert counts == {"statements": ACCEPT[kind(queue)], "commits": 1}
-    assert syncs["fdatasync"] == 1
+    assert synced == 1
 
 
 def test_hot_statements_scan_no_table_however_it_grows(postgres_url: str) -> None:

@@ -480,6 +480,33 @@ def test_a_spooler_learns_the_mark_of_the_batches(queue: QueueHarness, bound: Sp
         assert second.mark.known == 7
 
 
+def mark_of(queue: QueueHarness) -> int:
+    return int(queue.rows("SELECT mark FROM spool")[0]["mark"])
+
+
+def test_a_mark_follows_the_last_rows_without_further_mail(
+    queue: QueueHarness, bound: Spool
+) -> None:
+    with spooler(queue, bound) as harness:
+        harness.wait_for_rows(harness.request())
+        until(lambda: harness.mark.known == 1)
+        harness.wait_for_rows(harness.request())
+        until(lambda: harness.mark.known == 2)
+    assert mark_of(queue) == 2, "no rows were made since"
+
+
+def test_a_mark_follows_the_last_rows_of_a_spooler_that_ends(
+    queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception.committer, "MARK_INTERVAL", 1e9)
+    harness = SpoolerHarness(queue, bound)
+    for _ in range(3):
+        harness.wait_for_rows(harness.request())
+    until(lambda: harness.mark.known == 1)
+    harness.finish()
+    assert mark_of(queue) == 2
+
+
 def test_an_outage_of_any_length_costs_no_memory_and_no_order(
     queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
