@@ -43,6 +43,7 @@ from relay.queue.rescue import Rescuer
 from relay.routes import Routes, parse_server
 from relay.runtime import freeze_memory
 from relay.settings import SettingsError, WorkerSettings, load
+from relay.spool.journal.directory import JournalDirectory
 from relay.spool.mark import SpoolMark
 from relay.spool.store import SpoolError
 from relay.startup import ready
@@ -106,7 +107,7 @@ class WorkerProcess:
             state = ready(settings)
         except (SettingsError, DatabaseError, SpoolError) as error:
             _refuse(str(error))
-        mark = SpoolMark(state.spool.handle, state.spool.identity)
+        mark = SpoolMark(JournalDirectory(state.spool.handle), state.spool.identity)
         mark.guard(state.engine)
         state.engine.dispose()  # the connections that were opened before the guard
         servers = ServerPool(

@@ -13,10 +13,8 @@ fails raises no alarm. File and name are synced, because segments are removed by
 says. A lost file is made again from the marks of the batches.
 """
 
-import os
 import threading
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 from sqlalchemy import Engine
@@ -26,23 +24,21 @@ from relay.db.sql import Queries
 from relay.ids import new_id
 from relay.log import get_logger
 from relay.spool.journal.contents import highest_mark
-from relay.spool.journal.directory import DIRECTORY, MARK, NEW, JournalDirectory
+from relay.spool.journal.directory import MARK, NEW, JournalDirectory
 
 log = get_logger(__name__)
-_NAME = f"{DIRECTORY}/{MARK}"
 _SELECT = "SELECT replace(CAST(id AS text), '-', ''), mark FROM spool"
 
 
 class SpoolMark:
-    """The mark of one spool, as one process knows it; `spool` is a descriptor of its directory, and
-    `identity` is what is written there."""
+    """The mark of one spool, as one process knows it: of its journal, and its identity."""
 
-    def __init__(self, spool: int, identity: str) -> None:
-        self._spool = spool
+    def __init__(self, directory: JournalDirectory, identity: str) -> None:
+        self._directory = directory
         self._identity = identity
         self._lock = threading.Lock()
         # A lost file is not made here: the user of a command may be another one than smtpd's.
-        self.known = self._read() or highest_mark(JournalDirectory(spool), identity)
+        self.known = self._read() or highest_mark(directory, identity)
 
     def guard(self, engine: Engine) -> None:
         """Refuse new connections of this engine to an older database (OlderDatabase)."""
@@ -78,7 +74,7 @@ class SpoolMark:
     def learn_from_journal(self, *, unsealed: bool = False) -> None:
         """Write the highest mark of the batches to the file, which may be lost, or an older one
         because the disk was full. Raises OSError if the journal cannot be read."""
-        found = highest_mark(JournalDirectory(self._spool), self._identity, unsealed=unsealed)
+        found = highest_mark(self._directory, self._identity, unsealed=unsealed)
         with self._lock:
             self.known = max(self.known, found)
             with suppress(OSError):
@@ -106,14 +102,19 @@ class SpoolMark:
 
     def _read(self) -> int:
         try:
-            with open(_NAME, "rb", opener=partial(os.open, dir_fd=self._spool)) as file:
-                return int(file.read(32))
-        except (FileNotFoundError, ValueError):  # none yet, or cut off by a power failure
+            file = self._directory.open(MARK)
+        except FileNotFoundError:  # none yet
             return 0
+        try:
+            return int(file.read(32, 0))
+        except ValueError:  # cut off by a power failure
+            return 0
+        finally:
+            file.close()
 
     def _write(self, mark: int) -> None:
         """Replace the file, unless it has this mark or a higher one."""
-        directory = JournalDirectory(self._spool)
+        directory = self._directory
         if self._read() >= mark:
             return
         # Not by the process number: processes of several containers may share it. An adopter

@@ -21,7 +21,7 @@ from relay.queue.model import CompletionResult
 from relay.queue.outcome import Outcome
 from relay.queue.states import State
 from relay.spool.bodies import Bodies, BodyMisplaced
-from relay.spool.journal.directory import ADOPTED
+from relay.spool.journal.directory import ADOPTED, JournalDirectory
 from relay.spool.mark import SpoolMark
 from relay.spool.store import BodyUnsendable, Spool
 from relay.spool.trailer import FIXED_SIZE
@@ -163,7 +163,7 @@ def test_spool_keeper_closes_unlinked_segments_and_raises_the_mark(
     queue_id = mail.accept_one()
     path = mail.segment_path(queue_id)
     bodies(mail).open(queue_id, len(BODY), mail.place(queue_id))
-    mark = SpoolMark(mail.spool.handle, mail.spool.identity)
+    mark = SpoolMark(JournalDirectory(mail.spool.handle), mail.spool.identity)
     path.unlink()
     assert str(path) in deleted_files()
     SpoolKeeper(mail.database, mail.spool, mark, lambda: 0).turn()
@@ -442,12 +442,12 @@ def test_an_outage_delays_the_mark_and_loses_no_outcome(
 
 
 def test_restored_database_is_not_claimed_from(mail: JournalWorkerHarness, sink: Sink) -> None:
-    mark = SpoolMark(mail.spool.handle, mail.spool.identity)
+    mark = SpoolMark(JournalDirectory(mail.spool.handle), mail.spool.identity)
     mark.advance(mail.database)
     mark.advance(mail.database)
     queue_id = mail.accept_one()
     mail.change("UPDATE spool SET mark = 1")
-    guard = SpoolMark(mail.spool.handle, mail.spool.identity)
+    guard = SpoolMark(JournalDirectory(mail.spool.handle), mail.spool.identity)
     assert guard.known == 2
     guard.guard(mail.database)
     mail.database.dispose()

@@ -75,7 +75,7 @@ class SpoolerHarness:
         self.queue, self.spool = queue, spool
         self.acceptor = GatedAcceptor(queue)
         self.acceptor.fault = options.pop("fault", None)
-        self.mark = SpoolMark(spool.handle, spool.identity)
+        self.mark = SpoolMark(JournalDirectory(spool.handle), spool.identity)
         self.spooler = Spooler(
             self.theirs,
             spool,
@@ -475,7 +475,7 @@ def test_a_spooler_learns_the_mark_of_the_batches(queue: QueueHarness, bound: Sp
     first.mark.known = 7
     assert first.result(first.request()) is None
     first.finish()
-    SpoolMark(bound.handle, bound.identity).learn(3)
+    SpoolMark(JournalDirectory(bound.handle), bound.identity).learn(3)
     with spooler(queue, bound, fault=outage()) as second:
         assert second.mark.known == 7
 
@@ -692,7 +692,7 @@ def test_a_database_that_was_restored_under_living_connections_is_noticed(
     queue: QueueHarness, bound: Spool
 ) -> None:
     """Each of several processes notices it, and none makes the database look newer."""
-    processes = [SpoolMark(bound.handle, bound.identity) for _ in range(3)]
+    processes = [SpoolMark(JournalDirectory(bound.handle), bound.identity) for _ in range(3)]
     for mark in processes:
         mark.advance(queue.database)
     queue.change("UPDATE spool SET mark = 2")
@@ -705,14 +705,14 @@ def test_a_database_that_was_restored_under_living_connections_is_noticed(
 def test_a_database_that_was_restored_is_refused(
     queue: QueueHarness, bound: Spool, tmp_path: Path
 ) -> None:
-    mark = SpoolMark(bound.handle, bound.identity)
+    mark = SpoolMark(JournalDirectory(bound.handle), bound.identity)
     mark.guard(queue.database)
     assert mark.advance(queue.database) == 1
     queue.database.dispose()
     assert queue.rows("SELECT mark FROM spool") == [{"mark": 1}]
     queue.change("UPDATE spool SET mark = 0")
     queue.database.dispose()
-    again = SpoolMark(bound.handle, bound.identity)
+    again = SpoolMark(JournalDirectory(bound.handle), bound.identity)
     assert again.known == 1
     with pytest.raises(Exception, match="fsck --rebuild"):
         queue.rows("SELECT mark FROM spool")
