@@ -400,7 +400,7 @@ def test_each_second_with_outcomes_raises_the_mark(
     """A standby that lacks the outcomes of the last seconds has a lower mark. A second without
     outcomes costs nothing."""
     monkeypatch.setattr(spool_keeper, "IDLE_INTERVAL", 1e9)
-    mark = SpoolMark(mail.spool.handle, mail.spool.identity)
+    mark = SpoolMark(mail.directory, mail.spool.identity)
     with mail.working() as running:
         keeper = SpoolKeeper(mail.database, mail.spool, mark, lambda: running.outcomes)
         keeper.turn()
@@ -427,7 +427,7 @@ def test_an_outage_delays_the_mark_and_loses_no_outcome(
     mail: JournalWorkerHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spool_keeper, "IDLE_INTERVAL", 1e9)
-    mark = SpoolMark(mail.spool.handle, mail.spool.identity)
+    mark = SpoolMark(mail.directory, mail.spool.identity)
     outcomes = 0
     keeper = SpoolKeeper(mail.database, mail.spool, mark, lambda: outcomes)
     keeper.turn()
