@@ -133,6 +133,7 @@ class JournalCommitter:
         self._give_up_at = float("inf")
         self._adopt_at = 0.0  # before the first adoption
         self._mark_at = 0.0
+        self._unmarked = False  # rows were made that no mark follows
         self._thread: threading.Thread | None = None
 
     def start(self, committed: Committed) -> None:
@@ -264,15 +265,17 @@ class JournalCommitter:
             self._commit(chunk)
             if len(chunk.messages) > 1:
                 self._gather(now + GATHER)
-            if now >= self._mark_at:
-                self._mark.advance(self._engine)
-                self._mark_at = now + MARK_INTERVAL
+        ends = self._closing and chunk is None
+        if self._unmarked and (ends or now >= self._mark_at):
+            self._mark.advance(self._engine)
+            self._mark_at, self._unmarked = now + MARK_INTERVAL, False
         with self._changed:
-            if self._closing and (chunk is None or now >= self._give_up_at):
+            if ends or (self._closing and now >= self._give_up_at):
                 return False
             if chunk is None:
+                next_at = min(self._adopt_at, self._mark_at if self._unmarked else self._adopt_at)
                 self._changed.wait_for(
-                    lambda: self._closing or self._has_work(), max(0.0, self._adopt_at - now)
+                    lambda: self._closing or self._has_work(), max(0.0, next_at - now)
                 )
         return True
 
@@ -390,7 +393,7 @@ class JournalCommitter:
     def _advance(self, segment: OpenSegment, chunk: Chunk) -> list[WrittenBatch]:
         """The rows of a chunk are made; the batches whose replies waited for that."""
         with self._changed:
-            segment.committed = chunk.end
+            segment.committed, self._unmarked = chunk.end, True
             self._damages += sum(not damage.torn for damage in chunk.damages)
             segment.pending -= len(chunk.messages)
             segment.pending_octets -= chunk.size

@@ -247,7 +247,7 @@ def main() -> None:
     engine = database.connect(settings.database_url, hot=True)
     with socket.socket(fileno=int(sys.argv[1])) as channel:
         spool = Spool(settings.spool_dir, int(sys.argv[2]))
-        mark = SpoolMark(spool.handle, spool.identity)
+        mark = SpoolMark(JournalDirectory(spool.handle), spool.identity)
         mark.guard(engine)
         acceptor = Acceptor(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
         spooler = Spooler(

@@ -32,6 +32,7 @@ from relay.log import get_logger
 from relay.metrics_server import listen
 from relay.queue.states import UNFINISHED
 from relay.settings import Settings
+from relay.spool.journal.directory import JournalDirectory
 from relay.spool.mark import SpoolMark
 from relay.spool.store import Spool
 from relay.version import running_version
@@ -255,7 +256,8 @@ class QueueMetrics(Collector):
             paused = dict(self._queries.run(connection, "paused").all())
             failing = dict(self._queries.run(connection, "failing").all())
             journal = self._queries.run(connection, "journal").one()
-        older = journal.mark < SpoolMark(self._spool.handle, self._spool.identity).known
+        directory = JournalDirectory(self._spool.handle)
+        older = journal.mark < SpoolMark(directory, self._spool.identity).known
         unfinished = [states.get(state, StateCount(state, 0, 0, 0, 0, 0.0)) for state in UNFINISHED]
         pending = sum(row.deliveries for row in states.values() if row.state not in UNFINISHED)
         return [

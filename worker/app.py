@@ -43,6 +43,7 @@ from relay.queue.rescue import Rescuer
 from relay.routes import Routes, parse_server
 from relay.runtime import freeze_memory
 from relay.settings import SettingsError, WorkerSettings, load
+from relay.spool.journal.directory import JournalDirectory
 from relay.spool.mark import SpoolMark
 from relay.spool.store import SpoolError
 from relay.startup import ready
@@ -106,7 +107,7 @@ class WorkerProcess:
             state = ready(settings)
         except (SettingsError, DatabaseError, SpoolError) as error:
             _refuse(str(error))
-        mark = SpoolMark(state.spool.handle, state.spool.identity)
+        mark = SpoolMark(JournalDirectory(state.spool.handle), state.spool.identity)
         mark.guard(state.engine)
         state.engine.dispose()  # the connections that were opened before the guard
         servers = ServerPool(
@@ -127,14 +128,15 @@ class WorkerProcess:
             ),
         )
         servers.pauses = retry_until_available(rescuer.paused)
-        self.engine = Engine(settings, queue, state.spool, routes, servers=servers)
+        self.engine = engine = Engine(settings, queue, state.spool, routes, servers=servers)
+        keeper = SpoolKeeper(state.engine, state.spool, mark, lambda: engine.outcomes)
         hints = Hints(settings.broker_url, RETRY, settings.batch_size)
         parts: tuple[PeriodicThread | Hints | Notifier, ...] = (
             Sweeper(settings, rescuer, generator, self.engine, hints),
             Cleaner(settings, state.engine, state.spool),
             SegmentCleaner(settings, state.engine, state.spool),
             Rerouter(rescuer, operations, routes),
-            SpoolKeeper(state.engine, state.spool, mark),
+            keeper,
             hints,
             *_notifiers(settings, state.engine, plugins),
         )
@@ -147,11 +149,16 @@ class WorkerProcess:
         reported = metrics.QueueMetrics(state.engine, state.spool, hints.lists)
         metrics.serve(settings, reported, tls_context=metrics_context(settings))
         threading.Thread(
-            target=self._drain, args=(self.engine, parts), name="end", daemon=True
+            target=self._drain, args=(engine, keeper, parts), name="end", daemon=True
         ).start()
         freeze_memory()
 
-    def _drain(self, engine: Engine, parts: Sequence[PeriodicThread | Hints | Notifier]) -> None:
+    def _drain(
+        self,
+        engine: Engine,
+        keeper: SpoolKeeper,
+        parts: Sequence[PeriodicThread | Hints | Notifier],
+    ) -> None:
         self._stop_requested.wait()
         limit = self.settings.drain_timeout + 2 * RECORDING_TIME
         timer = threading.Timer(limit, _leave, args=("the drain took too long",))
@@ -160,6 +167,7 @@ class WorkerProcess:
         for part in parts:
             part.close()
         recorded = engine.drain(self.settings.drain_timeout)
+        keeper.finish()
         log.info("drained", recorded=recorded)
         timer.cancel()
         self._drained.set()

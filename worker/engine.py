@@ -90,6 +90,7 @@ class Engine:
         self._active: dict[DeliveryTask, asyncio.Task[None]] = {}
         metrics.TRANSFERS_OPEN.set_function(lambda: len(self._active))
         self._unrecorded = 0  # completions that are not committed yet
+        self.outcomes = 0  # completions that are committed
         self._faults = 0  # in a row
         self._paused_until = 0.0
         self._claim_at = 0.0  # when slots have gathered for the next claims
@@ -312,6 +313,7 @@ class Engine:
         if isinstance(result, Exception):
             log.critical("outcome not recorded", id=queue_id, reason=first_line(result))
         elif isinstance(result, CompletionResult):
+            self.outcomes += 1
             if result.state is None:
                 log.warning("claim superseded", id=queue_id, outcome=completion.outcome)
             elif result.state is not completion.state:

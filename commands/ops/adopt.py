@@ -85,7 +85,7 @@ def run(*, yes: bool) -> int:
             where = f"the spool of this database is not mounted in {settings.spool_dir}"
             raise CommandError(OUT_OF_REACH, f"{where}: run this command where it is mounted")
         engine.dispose()
-        SpoolMark(spool.handle, spool.identity).guard(engine)
+        SpoolMark(JournalDirectory(spool.handle), spool.identity).guard(engine)
         acceptor = Acceptor(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
         found = list(foreign_segments(spool, acceptor))
         if not found:

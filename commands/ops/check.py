@@ -39,6 +39,7 @@ from relay.redaction import redacted
 from relay.report.queries import QueueReader
 from relay.routes import Routes, Server
 from relay.settings import Settings, SettingsError, SmtpdSettings, WorkerSettings, load
+from relay.spool.journal.directory import JournalDirectory
 from relay.spool.mark import SpoolMark
 from relay.spool.store import file_system
 from relay.tls import DAY, WARN_DAYS, CertificateError, load_pair
@@ -166,7 +167,7 @@ def _journal(settings: Settings, engine: Engine) -> Iterator[CheckResult]:
     spool = mounted_spool(settings, queue)
     if spool is None:
         return  # the result for the spool says it
-    mark, known = queue.mark(), SpoolMark(spool.handle, spool.identity).known
+    mark, known = queue.mark(), SpoolMark(JournalDirectory(spool.handle), spool.identity).known
     if mark < known:
         text = f"the database has the mark {mark}, the spool {known}: the database is older"
         remedy = "run `qmqp-relay fsck --rebuild`; until then mail is accepted, and none is sent"

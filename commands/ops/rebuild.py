@@ -102,7 +102,7 @@ class Rebuilder:
         self._acceptor = Acceptor(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
         self._rescuer = Rescuer(engine, settings.model_copy(update={"uncertain": "hold"}))
         self._queries = Queries(engine, __name__)
-        self._mark = SpoolMark(spool.handle, spool.identity)
+        self._mark = SpoolMark(self._directory, spool.identity)
         self._voids = voided_batches(self._directory)
         self._waiting = set[str]()  # messages that the committer is going to insert
         self.known = max(self._mark.known, highest_mark(self._directory, spool.identity))

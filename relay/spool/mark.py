@@ -1,21 +1,20 @@
 """The mark: a number by which the spool notices a database that was restored from a backup.
 
-`spool.mark` rises by one at most once a second while mail is accepted, and every ten seconds while
-a worker runs. After the COMMIT the new value is written to `journal/mark` in the spool, and batches
-of the journal carry it. A database whose mark is below that of the spool has lost what was
-committed since: its queue may hold mail that was delivered. Connections to it are refused, which
-the relay takes for an outage: smtpd accepts mail into the journal, and workers claim nothing, until
-`qmqp-relay fsck --rebuild` has held what is in doubt.
+`spool.mark` rises by one within a second after rows were made of accepted mail or a worker recorded
+an outcome, once for all of that second, and every ten seconds while a worker runs. After the
+COMMIT the new value is written to `journal/mark` in the spool, and batches of the journal carry it.
+A database whose mark is below that of the spool has lost what was committed since: its queue may
+hold mail that was delivered. Connections to it are refused, which the relay takes for an outage:
+smtpd accepts mail into the journal, and workers claim nothing, until `qmqp-relay fsck --rebuild`
+has held what is in doubt.
 
 What must stay true: the file is written after the COMMIT and never before it, so that a COMMIT that
 fails raises no alarm. File and name are synced, because segments are removed by what the database
 says. A lost file is made again from the marks of the batches.
 """
 
-import os
 import threading
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 from sqlalchemy import Engine
@@ -25,23 +24,21 @@ from relay.db.sql import Queries
 from relay.ids import new_id
 from relay.log import get_logger
 from relay.spool.journal.contents import highest_mark
-from relay.spool.journal.directory import DIRECTORY, MARK, NEW, JournalDirectory
+from relay.spool.journal.directory import MARK, NEW, JournalDirectory
 
 log = get_logger(__name__)
-_NAME = f"{DIRECTORY}/{MARK}"
 _SELECT = "SELECT replace(CAST(id AS text), '-', ''), mark FROM spool"
 
 
 class SpoolMark:
-    """The mark of one spool, as one process knows it; `spool` is a descriptor of its directory, and
-    `identity` is what is written there."""
+    """The mark of one spool, as one process knows it: of its journal, and its identity."""
 
-    def __init__(self, spool: int, identity: str) -> None:
-        self._spool = spool
+    def __init__(self, directory: JournalDirectory, identity: str) -> None:
+        self._directory = directory
         self._identity = identity
         self._lock = threading.Lock()
         # A lost file is not made here: the user of a command may be another one than smtpd's.
-        self.known = self._read() or highest_mark(JournalDirectory(spool), identity)
+        self.known = self._read() or highest_mark(directory, identity)
 
     def guard(self, engine: Engine) -> None:
         """Refuse new connections of this engine to an older database (OlderDatabase)."""
@@ -77,7 +74,7 @@ class SpoolMark:
     def learn_from_journal(self, *, unsealed: bool = False) -> None:
         """Write the highest mark of the batches to the file, which may be lost, or an older one
         because the disk was full. Raises OSError if the journal cannot be read."""
-        found = highest_mark(JournalDirectory(self._spool), self._identity, unsealed=unsealed)
+        found = highest_mark(self._directory, self._identity, unsealed=unsealed)
         with self._lock:
             self.known = max(self.known, found)
             with suppress(OSError):
@@ -105,14 +102,19 @@ class SpoolMark:
 
     def _read(self) -> int:
         try:
-            with open(_NAME, "rb", opener=partial(os.open, dir_fd=self._spool)) as file:
-                return int(file.read(32))
-        except (FileNotFoundError, ValueError):  # none yet, or cut off by a power failure
+            file = self._directory.open(MARK)
+        except FileNotFoundError:  # none yet
             return 0
+        try:
+            return int(file.read(32, 0))
+        except ValueError:  # cut off by a power failure
+            return 0
+        finally:
+            file.close()
 
     def _write(self, mark: int) -> None:
         """Replace the file, unless it has this mark or a higher one."""
-        directory = JournalDirectory(self._spool)
+        directory = self._directory
         if self._read() >= mark:
             return
         # Not by the process number: processes of several containers may share it. An adopter

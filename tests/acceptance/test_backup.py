@@ -8,10 +8,13 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import Engine
 
 from qmqp.sink import MagicRecipients, Sink, running_sink
+from relay.db.engine import connect
 from relay.spool.journal.directory import OWNED, JournalDirectory
 from relay.spool.journal.format import encode_segment_header
 from relay.spool.journal.scan import read_header
@@ -159,6 +162,61 @@ def sqlite_mark(database: Path) -> int:
         (mark,) = connection.execute("SELECT mark FROM spool").fetchone()
     connection.close()
     return int(mark)
+
+
+@pytest.mark.timeout(300)  # several programs start, one after the other
+def test_a_standby_that_lacks_the_last_deliveries_sends_nothing_again(
+    own_postgres: Postgres, sink: Sink, tmp_path: Path
+) -> None:
+    """No mail arrives while a worker drains the queue, so the worker alone raises the mark."""
+    server = connect(own_postgres.url()).execution_options(isolation_level="AUTOCOMMIT")
+    execute(server, "CREATE DATABASE relay")
+    relay = Installation(tmp_path, own_postgres.url("relay"), QMQP_SERVERS=f"127.0.0.1:{sink.port}")
+    try:
+        run(relay, "migrate")
+        smtpd = relay.smtpd()
+        recipients = [f"{number}@example.org" for number in range(5)]
+        for recipient in recipients:
+            relay.send(recipient)
+        relay.until_rows()
+        relay.end(smtpd)
+        before = relay.rows("SELECT mark FROM spool")[0].mark
+        relay.database.dispose()
+        execute(server, "CREATE DATABASE standby TEMPLATE relay")
+        relay.worker()
+        until(lambda: relay.count("d.state = 'delivered'") == 5, 60, what=relay.log_text)
+        mark = relay.spool / "journal" / "mark"
+        until(lambda: int(mark.read_text()) > before, 60, what="the mark rises")
+        relay.database.dispose()
+        fail_over(server)
+        until(lambda: "database older than the spool" in relay.log.read_text(), 60)
+        run(relay, "fsck", "--rebuild", "--yes")
+        until(lambda: relay.count("d.state = 'held'") == 5, 60, what=relay.log_text)
+        fresh = relay.smtpd()
+        relay.send("fresh@example.org")
+        relay.until_state("fresh@example.org", "delivered", 90)
+        relay.end(fresh)
+        assert accepted_by(sink) == Counter([*recipients, "fresh@example.org"])
+    finally:
+        relay.close()
+        server.dispose()
+
+
+def fail_over(server: Engine) -> None:
+    """The standby takes the place of the database, and all connections break."""
+    execute(server, "ALTER DATABASE relay ALLOW_CONNECTIONS false")
+    sessions = "FROM pg_stat_activity WHERE datname = 'relay'"
+    execute(server, f"SELECT pg_terminate_backend(pid) {sessions}")
+    until(lambda: execute(server, f"SELECT 1 {sessions}") == [])
+    execute(server, "ALTER DATABASE relay RENAME TO failed")
+    execute(server, "ALTER DATABASE standby RENAME TO relay")
+
+
+def execute(server: Engine, sql: str) -> list[Any]:
+    """The rows of a statement that is its own transaction."""
+    with server.connect() as connection:
+        result = connection.exec_driver_sql(sql)
+        return [*result.all()] if result.returns_rows else []
 
 
 def test_mail_of_a_host_that_is_gone_is_adopted_by_order(

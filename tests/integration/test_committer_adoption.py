@@ -41,7 +41,7 @@ class SleepyOwner:
             queue.acceptor,
             queue.database,
             self.directory,
-            SpoolMark(spool.handle, spool.identity),
+            SpoolMark(JournalDirectory(spool.handle), spool.identity),
             self.writer,
             spool.identity,
         )

@@ -26,6 +26,7 @@ from relay.queue.model import Attempt, ClaimRequest, Completion
 from relay.queue.outcome import Outcome
 from relay.queue.states import State
 from relay.settings import Settings, load
+from relay.spool.journal.directory import JournalDirectory
 from relay.spool.mark import SpoolMark
 from relay.spool.store import Spool
 from tests.integration.harness import EngineHarness, QueueHarness, new_message
@@ -174,7 +175,7 @@ def test_a_spooler_syncs_and_commits_a_batch_as_one(
     spool.prepare(queue.database, unsafe=True)
     ours, theirs = socket.socketpair()
     ours.settimeout(10)
-    mark = SpoolMark(spool.handle, spool.identity)
+    mark = SpoolMark(JournalDirectory(spool.handle), spool.identity)
     spooler = Spooler(theirs, spool, queue.acceptor, queue.database, mark, segment_size=4 << 20)
     thread = threading.Thread(target=spooler.run)
     thread.start()
@@ -198,11 +199,12 @@ def test_a_spooler_syncs_and_commits_a_batch_as_one(
     syncs.clear()
     with counted(queue.database) as counts:
         store(messages[1:])
+    synced = syncs["fdatasync"]
     ours.close()
     thread.join(10)
     theirs.close()
     assert counts == {"statements": ACCEPT[kind(queue)], "commits": 1}
-    assert syncs["fdatasync"] == 1
+    assert synced == 1
 
 
 def test_hot_statements_scan_no_table_however_it_grows(postgres_url: str) -> None:

@@ -21,14 +21,14 @@ from relay.queue.model import CompletionResult
 from relay.queue.outcome import Outcome
 from relay.queue.states import State
 from relay.spool.bodies import Bodies, BodyMisplaced
-from relay.spool.journal.directory import ADOPTED
+from relay.spool.journal.directory import ADOPTED, JournalDirectory
 from relay.spool.mark import SpoolMark
 from relay.spool.store import BodyUnsendable, Spool
 from relay.spool.trailer import FIXED_SIZE
 from tests.integration.harness import BODY
 from tests.integration.journal_harness import JournalWorkerHarness
 from tests.waiting import until
-from worker import damaged_bodies, engine
+from worker import damaged_bodies, engine, spool_keeper
 from worker.spool_keeper import SpoolKeeper
 
 LARGE = 300_000
@@ -163,10 +163,10 @@ def test_spool_keeper_closes_unlinked_segments_and_raises_the_mark(
     queue_id = mail.accept_one()
     path = mail.segment_path(queue_id)
     bodies(mail).open(queue_id, len(BODY), mail.place(queue_id))
-    mark = SpoolMark(mail.spool.handle, mail.spool.identity)
+    mark = SpoolMark(JournalDirectory(mail.spool.handle), mail.spool.identity)
     path.unlink()
     assert str(path) in deleted_files()
-    SpoolKeeper(mail.database, mail.spool, mark).turn()
+    SpoolKeeper(mail.database, mail.spool, mark, lambda: 0).turn()
     # The spooler of this test still has it open, with its lock.
     assert deleted_files().count(str(path)) == 1
     (row,) = mail.rows("SELECT mark FROM spool")
@@ -394,13 +394,60 @@ def test_outcome_of_a_journal_body_never_asks_whether_it_can_be_deleted(
 # A restored database
 
 
+def test_each_second_with_outcomes_raises_the_mark(
+    mail: JournalWorkerHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A standby that lacks the outcomes of the last seconds has a lower mark. A second without
+    outcomes costs nothing."""
+    monkeypatch.setattr(spool_keeper, "IDLE_INTERVAL", 1e9)
+    mark = SpoolMark(mail.directory, mail.spool.identity)
+    with mail.working() as running:
+        keeper = SpoolKeeper(mail.database, mail.spool, mark, lambda: running.outcomes)
+        keeper.turn()
+        begun = mark.known
+        keeper.turn()
+        assert mark.known == begun
+        queue_ids = [mail.accept_one(), mail.accept_one()]
+        running.offer(queue_ids)
+        until(lambda: running.outcomes == 2)
+        assert mail.states_of(queue_ids) == ["delivered"] * 2
+        keeper.turn()
+        assert mark.known == begun + 1
+        keeper.turn()
+        assert mark.known == begun + 1
+        running.offer([mail.accept_one()])
+        until(lambda: running.outcomes == 3)
+        keeper.finish()
+        assert mark.known == begun + 2, "the last outcomes of a worker that stops"
+        keeper.finish()
+        assert mark.known == begun + 2
+
+
+def test_an_outage_delays_the_mark_and_loses_no_outcome(
+    mail: JournalWorkerHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool_keeper, "IDLE_INTERVAL", 1e9)
+    mark = SpoolMark(mail.directory, mail.spool.identity)
+    outcomes = 0
+    keeper = SpoolKeeper(mail.database, mail.spool, mark, lambda: outcomes)
+    keeper.turn()
+    outcomes = 7
+    with monkeypatch.context() as away:
+        away.setattr(mark, "advance", lambda _engine: mail.rows("SELECT * FROM no_such_table"))
+        keeper.turn()
+        keeper.finish()
+    assert mark.known == 1
+    keeper.turn()
+    assert mark.known == 2
+
+
 def test_restored_database_is_not_claimed_from(mail: JournalWorkerHarness, sink: Sink) -> None:
-    mark = SpoolMark(mail.spool.handle, mail.spool.identity)
+    mark = SpoolMark(JournalDirectory(mail.spool.handle), mail.spool.identity)
     mark.advance(mail.database)
     mark.advance(mail.database)
     queue_id = mail.accept_one()
     mail.change("UPDATE spool SET mark = 1")
-    guard = SpoolMark(mail.spool.handle, mail.spool.identity)
+    guard = SpoolMark(JournalDirectory(mail.spool.handle), mail.spool.identity)
     assert guard.known == 2
     guard.guard(mail.database)
     mail.database.dispose()

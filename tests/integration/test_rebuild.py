@@ -67,7 +67,7 @@ def forget(queue: QueueHarness, queue_id: str) -> None:
 
 def advance(queue: QueueHarness, spool: Spool, marks: int = 3) -> None:
     """Mail was accepted in so many seconds."""
-    mark = SpoolMark(spool.handle, spool.identity)
+    mark = SpoolMark(JournalDirectory(spool.handle), spool.identity)
     for _ in range(marks):
         mark.advance(queue.database)
 
@@ -118,7 +118,7 @@ def test_a_database_that_was_lost_is_made_again_from_the_spool(
         queue.change(f"DELETE FROM {table}")
     queue.change("DELETE FROM spool")
     guarded = connect(queue.database.url.render_as_string(hide_password=False))
-    SpoolMark(spool.handle, spool.identity).guard(guarded)
+    SpoolMark(JournalDirectory(spool.handle), spool.identity).guard(guarded)
     with pytest.raises(OlderDatabase), reading(guarded):
         pass
     done = typed("fsck", "--rebuild", "--yes")
@@ -153,7 +153,7 @@ def test_an_older_database_sends_nothing_in_silence(
     assert queue.states_of([queued, sending, deferred, later]) == ["held"] * 4
     assert queue.state(finished) == "delivered"
     assert ("", "uncertain") in [(server or "", o) for server, o in queue.attempts(sending)]
-    assert mark_of(queue) == SpoolMark(spool.handle, spool.identity).known > 5
+    assert mark_of(queue) == SpoolMark(JournalDirectory(spool.handle), spool.identity).known > 5
     assert typed("fsck", "--rebuild", "--yes").stdout == "", "once"
 
 

@@ -75,7 +75,7 @@ class SpoolerHarness:
         self.queue, self.spool = queue, spool
         self.acceptor = GatedAcceptor(queue)
         self.acceptor.fault = options.pop("fault", None)
-        self.mark = SpoolMark(spool.handle, spool.identity)
+        self.mark = SpoolMark(JournalDirectory(spool.handle), spool.identity)
         self.spooler = Spooler(
             self.theirs,
             spool,
@@ -475,9 +475,36 @@ def test_a_spooler_learns_the_mark_of_the_batches(queue: QueueHarness, bound: Sp
     first.mark.known = 7
     assert first.result(first.request()) is None
     first.finish()
-    SpoolMark(bound.handle, bound.identity).learn(3)
+    SpoolMark(JournalDirectory(bound.handle), bound.identity).learn(3)
     with spooler(queue, bound, fault=outage()) as second:
         assert second.mark.known == 7
+
+
+def mark_of(queue: QueueHarness) -> int:
+    return int(queue.rows("SELECT mark FROM spool")[0]["mark"])
+
+
+def test_a_mark_follows_the_last_rows_without_further_mail(
+    queue: QueueHarness, bound: Spool
+) -> None:
+    with spooler(queue, bound) as harness:
+        harness.wait_for_rows(harness.request())
+        until(lambda: harness.mark.known == 1)
+        harness.wait_for_rows(harness.request())
+        until(lambda: harness.mark.known == 2)
+    assert mark_of(queue) == 2, "no rows were made since"
+
+
+def test_a_mark_follows_the_last_rows_of_a_spooler_that_ends(
+    queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception.committer, "MARK_INTERVAL", 1e9)
+    harness = SpoolerHarness(queue, bound)
+    for _ in range(3):
+        harness.wait_for_rows(harness.request())
+    until(lambda: harness.mark.known == 1)
+    harness.finish()
+    assert mark_of(queue) == 2
 
 
 def test_an_outage_of_any_length_costs_no_memory_and_no_order(
@@ -665,7 +692,7 @@ def test_a_database_that_was_restored_under_living_connections_is_noticed(
     queue: QueueHarness, bound: Spool
 ) -> None:
     """Each of several processes notices it, and none makes the database look newer."""
-    processes = [SpoolMark(bound.handle, bound.identity) for _ in range(3)]
+    processes = [SpoolMark(JournalDirectory(bound.handle), bound.identity) for _ in range(3)]
     for mark in processes:
         mark.advance(queue.database)
     queue.change("UPDATE spool SET mark = 2")
@@ -678,14 +705,14 @@ def test_a_database_that_was_restored_under_living_connections_is_noticed(
 def test_a_database_that_was_restored_is_refused(
     queue: QueueHarness, bound: Spool, tmp_path: Path
 ) -> None:
-    mark = SpoolMark(bound.handle, bound.identity)
+    mark = SpoolMark(JournalDirectory(bound.handle), bound.identity)
     mark.guard(queue.database)
     assert mark.advance(queue.database) == 1
     queue.database.dispose()
     assert queue.rows("SELECT mark FROM spool") == [{"mark": 1}]
     queue.change("UPDATE spool SET mark = 0")
     queue.database.dispose()
-    again = SpoolMark(bound.handle, bound.identity)
+    again = SpoolMark(JournalDirectory(bound.handle), bound.identity)
     assert again.known == 1
     with pytest.raises(Exception, match="fsck --rebuild"):
         queue.rows("SELECT mark FROM spool")

@@ -8,6 +8,7 @@ from commands.ops import check
 from relay.metrics import QueueMetrics
 from relay.queue.accept import encode
 from relay.report.queries import QueueReader
+from relay.spool.journal.directory import JournalDirectory
 from relay.spool.mark import SpoolMark
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness, new_message
@@ -103,7 +104,7 @@ def test_check_tells_of_the_journal(
     assert [verdict for verdict, _ in results()] == ["warn"]
     monkeypatch.setattr("socket.gethostname", lambda: "another.example.com")
     assert "segments of other hosts are not sealed" in results()[-1][1]
-    SpoolMark(spool.handle, spool.identity).learn(7)
+    SpoolMark(JournalDirectory(spool.handle), spool.identity).learn(7)
     assert results()[0] == (
         "fail",
         "the database has the mark 0, the spool 7: the database is older",
