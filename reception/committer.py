@@ -32,7 +32,7 @@ from reception.replay import (
     to_replay,
 )
 from reception.spooler_protocol import Lag
-from relay.db.engine import is_outage
+from relay.db.engine import DatabaseFileError, is_outage
 from relay.hint_entry import EARLY_COMMIT
 from relay.log import first_line, get_logger
 from relay.queue.accept import Acceptor, EncodedMessage, PositionMoved
@@ -230,7 +230,7 @@ class JournalCommitter:
                 if not is_outage(error):
                     log.exception("committer failed")
                 elif pause == _PAUSE:
-                    log.error("database away", reason=first_line(error))
+                    _log_outage(error)
                 with self._changed:
                     if self._closing:
                         return
@@ -452,3 +452,11 @@ class JournalCommitter:
         log.info("segment adopted", segment=segment.id, messages=segment.pending)
         with self._changed:
             self._segments[segment.id] = segment
+
+
+def _log_outage(error: Exception) -> None:
+    """Log what is away: the spool, if it is an error of a file that is not the database's."""
+    if isinstance(error, OSError) and not isinstance(error, DatabaseFileError):
+        log.error("spool away", reason=first_line(error))
+    else:
+        log.error("database away", reason=first_line(error))

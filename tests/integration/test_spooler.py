@@ -27,7 +27,7 @@ from reception.spooler_protocol import (
     StoreRequest,
     frame,
 )
-from relay.db.engine import OlderDatabase
+from relay.db.engine import DatabaseFileError, OlderDatabase
 from relay.ids import new_id
 from relay.queue.accept import Acceptor, EncodedMessage, PositionMoved, SegmentSpan, encode
 from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory, SegmentFile
@@ -418,6 +418,29 @@ def test_without_a_database_the_mail_of_earlier_spoolers_counts_for_the_limit(
         third.wait_for_rows(*left)
         until(lambda: len(places(queue)) == 4)
         assert third.result(third.request()) is None
+
+
+@pytest.mark.parametrize(
+    ("fault", "event"),
+    [
+        (OSError(errno.EIO, os.strerror(errno.EIO)), "spool away"),
+        (DatabaseFileError(errno.ENOENT, os.strerror(errno.ENOENT)), "database away"),
+        (OperationalError("COMMIT", {}, ConnectionResetError()), "database away"),
+    ],
+    ids=["spool", "file of the database", "connection"],
+)
+def test_the_log_says_what_is_away(
+    queue: QueueHarness,
+    bound: Spool,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Exception,
+    event: str,
+) -> None:
+    events = list[str]()
+    monkeypatch.setattr(reception.committer.log, "error", lambda event, **_: events.append(event))
+    with spooler(queue, bound, fault=fault):
+        until(lambda: events)
+    assert events == [event]
 
 
 def test_messages_of_one_transaction_arrived_within_a_second(
