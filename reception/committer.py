@@ -429,29 +429,31 @@ class JournalCommitter:
             return
         if adopted:
             self._mark.advance(self._engine)  # raises if the database was restored meanwhile
+        taken: list[OpenSegment] = []
         for one in adopted:
             try:
-                self._take_over(one, voided_from(voids, one.header.segment))
+                taken += self._taken_over(one, voided_from(voids, one.header.segment))
             except OSError as error:
                 name = one.header.segment + ADOPTED
                 log.error("segment unreadable", name=name, reason=str(error))
                 one.file.close()
-        with self._changed:
+        with self._changed:  # in one step, so that no message counts twice for the limit
+            self._segments |= {segment.id: segment for segment in taken}
             self._backlog = Backlog()
 
-    def _take_over(self, adopted: AdoptedSegment, void_from: float) -> None:
+    def _taken_over(self, adopted: AdoptedSegment, void_from: float) -> Sequence[OpenSegment]:
+        """An adopted segment with what of it has no rows, if it is to be replayed here."""
         header, file = adopted.header, adopted.file
         if header.spool != self._spool:
             log.error("segment of another spool", segment=header.segment, spool=header.spool)
             file.close()
-            return
+            return ()
         segment = to_replay(self._acceptor, adopted, void_from)
         if segment is None:
             file.close()
-            return
+            return ()
         log.info("segment adopted", segment=segment.id, messages=segment.pending)
-        with self._changed:
-            self._segments[segment.id] = segment
+        return (segment,)
 
 
 def _log_outage(error: Exception) -> None:

@@ -17,7 +17,7 @@ from sqlalchemy.exc import OperationalError
 import reception.committer
 import reception.replay
 import reception.spooler
-from reception.replay import Chunk, read_chunk
+from reception.replay import Chunk, OpenSegment, read_chunk, to_replay
 from reception.spooler import Spooler
 from reception.spooler_protocol import (
     FrameDecoder,
@@ -441,6 +441,30 @@ def test_the_log_says_what_is_away(
     with spooler(queue, bound, fault=fault):
         until(lambda: events)
     assert events == [event]
+
+
+def test_mail_of_earlier_spoolers_counts_once_while_it_is_adopted(
+    queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else smtpd would reply 451 above half of the limit."""
+    for _ in range(3):
+        earlier = SpoolerHarness(queue, bound, fault=outage())
+        assert earlier.result(earlier.request()) is None
+        earlier.finish()
+    seen = list[int]()
+
+    def watched(*arguments: Any) -> OpenSegment | None:
+        seen.append(harness.spooler.lag().messages)
+        return to_replay(*arguments)
+
+    monkeypatch.setattr(reception.committer, "to_replay", watched)
+    with spooler(queue, bound, fault=outage()) as harness:
+        until(lambda: harness.spooler.lag().messages == 3)
+        harness.acceptor.gate.clear()
+        harness.acceptor.fault = None
+        assert harness.acceptor.entered.wait(20)
+        assert harness.spooler.lag().messages == 3
+    assert seen == [3, 3, 3]
 
 
 def test_messages_of_one_transaction_arrived_within_a_second(
