@@ -139,10 +139,11 @@ class JournalCommitter:
         self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
         self._thread.start()
 
-    @property
-    def replies_wait(self) -> bool:
-        """Whether some reply waits for rows."""
-        return bool(self._unreplied)
+    def waits_since(self) -> float | None:
+        """When the batch was written whose reply has waited for rows the longest (monotonic); None
+        if no reply waits."""
+        with self._changed:
+            return self._unreplied[0].written if self._unreplied else None
 
     def lag(self) -> Lag:
         """What has no rows yet."""
@@ -219,10 +220,13 @@ class JournalCommitter:
             self._release(segment)
 
     def _run(self) -> None:
-        self._count_backlog()
-        pause = _PAUSE
+        pause, learned = _PAUSE, False
         while True:
             try:
+                if not learned:  # before the first connection, which the mark may refuse
+                    self._mark.learn_from_journal(unsealed=True)
+                    self._count_backlog()
+                    learned = True
                 if not self._turn():
                     return
                 pause = _PAUSE
