@@ -427,10 +427,7 @@ def copy_bodies(
     if not records:
         return "", {}
     new, positions, _ = write_copy(directory, SPOOL, records)
-    return new, {
-        record.queue_id: Place(new, position)
-        for record, position in zip(records, positions, strict=True)
-    }
+    return new, {queue_id: Place(new, position) for queue_id, position in positions.items()}
 
 
 def envelope_of(directory: JournalDirectory, segment: str, queue_id: str) -> JournalRecord:

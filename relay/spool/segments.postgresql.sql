@@ -1,7 +1,7 @@
 -- Segments that may be removed or compacted (relay/spool/segments.py), on PostgreSQL.
 
 -- name: due_segments
--- Sealed segments to look at, the oldest first: soon after they were sealed, and the older they are
+-- Sealed segments to look at, those first that were not looked at for longest: soon after they were sealed, and the older they are
 -- the more seldom, but every :longest seconds.
 SELECT replace(CAST(id AS text), '-', '') AS id, messages,
     replace(CAST(least_id AS text), '-', '') AS least,
@@ -12,7 +12,7 @@ WHERE sealed_at IS NOT NULL
     AND (checked_at IS NULL
         OR checked_at < now() - least(CAST(:longest AS float8),
             extract(epoch FROM now() - sealed_at) / 8) * interval '1 second')
-ORDER BY sealed_at LIMIT :most;
+ORDER BY checked_at NULLS FIRST, sealed_at LIMIT :most;
 
 -- name: unfinished_between
 -- How many messages of a segment have rows, and whether any delivery between the least and the
@@ -52,6 +52,14 @@ UPDATE segments SET checked_at = now(), live_bytes = :live,
     sparse_since = CASE WHEN :sparse THEN coalesce(sparse_since, now()) END
 WHERE id = :segment;
 
+-- name: look_again
+-- Segments for which a turn had no time: they come in the next turn, behind all others that are due.
+UPDATE segments
+SET checked_at = now() - least(:longest, extract(epoch FROM now() - sealed_at) / 8)
+    * interval '1 second'
+WHERE id = ANY (ARRAY(
+    SELECT CAST(value AS uuid) FROM json_array_elements_text(CAST(:ids AS json))));
+
 -- name: delete_segment
 DELETE FROM segments WHERE id = :segment;
 
@@ -75,6 +83,6 @@ WHERE id = ANY (ARRAY(
 SELECT replace(CAST(id AS text), '-', '') AS id FROM segments;
 
 -- name: total_live
--- Bytes of bodies that deliveries need, as last seen, in sealed segments.
+-- Bytes that deliveries need, as last seen, in sealed segments.
 SELECT count(*) AS segments, CAST(coalesce(sum(live_bytes), 0) AS bigint) AS live FROM segments
 WHERE sealed_at IS NOT NULL;

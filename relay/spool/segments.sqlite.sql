@@ -1,7 +1,7 @@
 -- Segments that may be removed or compacted (relay/spool/segments.py), on SQLite.
 
 -- name: due_segments
--- Sealed segments to look at, the oldest first: soon after they were sealed, and the older they are
+-- Sealed segments to look at, those first that were not looked at for longest: soon after they were sealed, and the older they are
 -- the more seldom, but every :longest seconds.
 SELECT replace(id, '-', '') AS id, messages, replace(least_id, '-', '') AS least,
     replace(greatest_id, '-', '') AS greatest,
@@ -11,7 +11,7 @@ WHERE sealed_at IS NOT NULL
     AND (checked_at IS NULL
         OR checked_at < (SELECT now FROM clock) - min(CAST(:longest * 1000000 AS INTEGER),
             ((SELECT now FROM clock) - sealed_at) / 8))
-ORDER BY sealed_at LIMIT :most;
+ORDER BY checked_at NULLS FIRST, sealed_at LIMIT :most;
 
 -- name: unfinished_between
 -- How many messages of a segment have rows, and whether any delivery between the least and the
@@ -52,6 +52,13 @@ UPDATE segments SET checked_at = (SELECT now FROM clock), live_bytes = :live,
     sparse_since = CASE WHEN :sparse THEN coalesce(sparse_since, (SELECT now FROM clock)) END
 WHERE id = :segment;
 
+-- name: look_again
+-- Segments for which a turn had no time: they come in the next turn, behind all others that are due.
+UPDATE segments
+SET checked_at = (SELECT now FROM clock) - min(CAST(:longest * 1000000 AS INTEGER),
+    ((SELECT now FROM clock) - sealed_at) / 8)
+WHERE id IN (SELECT value FROM json_each(:ids));
+
 -- name: delete_segment
 DELETE FROM segments WHERE id = :segment;
 
@@ -73,6 +80,6 @@ UPDATE segments SET checked_at = NULL WHERE id IN (SELECT value FROM json_each(:
 SELECT replace(id, '-', '') AS id FROM segments;
 
 -- name: total_live
--- Bytes of bodies that deliveries need, as last seen, in sealed segments.
+-- Bytes that deliveries need, as last seen, in sealed segments.
 SELECT count(*) AS segments, coalesce(sum(live_bytes), 0) AS live FROM segments
 WHERE sealed_at IS NOT NULL;

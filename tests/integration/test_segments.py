@@ -1,14 +1,15 @@
 """Removal and compaction of segments, on both databases: nothing that is needed goes, and nothing
 else stays."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+from reception.spooler_protocol import StoreRequest
 from relay.queue.accept import Acceptor
 from relay.queue.outcome import Outcome
-from relay.spool.journal.copying import write_copy
+from relay.spool.journal.copying import SegmentCopy, write_copy
 from relay.spool.journal.directory import ADOPTED, COPY, OWNED, JournalDirectory
 from relay.spool.journal.format import JournalRecord, Place, VoidedBatch, encode_void
 from relay.spool.journal.reader import JournalReader, WrongBody
@@ -20,6 +21,7 @@ from tests.integration.test_spooler import SpoolerHarness
 from tests.journal_records import told_calls
 
 RETENTION = 1000.0
+OLD_ID = "1".rjust(32, "0")  # of 1970
 SIZE = 2000
 
 
@@ -32,16 +34,30 @@ class SegmentHarness:
         self.directory = JournalDirectory(spool.handle)
         self.store = SegmentStore(queue.database, self.directory, spool.identity, RETENTION)
 
-    def seal(self, count: int) -> list[str]:
-        """A sealed segment with so many messages; their ids."""
-        spooler = SpoolerHarness(self.queue, self.spool, segment_size=1 << 20)
-        requests = [spooler.request(body=self.body(n)) for n in range(count)]
+    def seal(
+        self,
+        count: int,
+        *,
+        recipients: int = 1,
+        size: int = SIZE,
+        room: int = 1 << 20,
+        apart: bool = False,
+    ) -> list[str]:
+        """A sealed segment of `room` octets with so many messages; their ids. `apart`: each is a
+        batch."""
+        spooler = SpoolerHarness(self.queue, self.spool, segment_size=room)
+        addresses = [f"recipient-{n}@example.org" for n in range(recipients)]
+        requests = list[StoreRequest]()
+        for number in range(count):
+            requests.append(spooler.request(*addresses, body=self.body(number, size)))
+            if apart:
+                spooler.wait_for_rows(*requests)
         spooler.wait_for_rows(*requests)
         spooler.finish()
         return [request.queue_id for request in requests]
 
-    def body(self, number: int) -> bytes:
-        return (b"%d\n" % number).ljust(SIZE, b"x")
+    def body(self, number: int, size: int = SIZE) -> bytes:
+        return (b"%d\n" % number).ljust(size, b"x")
 
     def finish(self, *ids: str, outcome: Outcome = Outcome.DELIVERED) -> None:
         for start in range(0, len(ids), 100):
@@ -57,18 +73,25 @@ class SegmentHarness:
         return len(self.queue.rows("SELECT id FROM segments"))
 
     def pass_time(self, seconds: float) -> None:
-        """All that is known of segments happened so many seconds ago."""
+        """All that is known of segments happened so many seconds earlier."""
         for column in ("sealed_at", "checked_at", "sparse_since"):
             self.queue.change(
-                f"UPDATE segments SET {column} = @ago({seconds}) WHERE {column} IS NOT NULL"
+                f"UPDATE segments SET {column} = @ago(@since({column}) + {seconds})"
+                f" WHERE {column} IS NOT NULL"
             )
 
-    def read(self, queue_id: str) -> bytes:
+    def place(self, queue_id: str) -> Place:
         (row,) = self.queue.rows(
             "SELECT @hex(segment) AS segment, position FROM messages WHERE id = @id(:id)",
             id=queue_id,
         )
-        return JournalReader(self.directory).read(Place(row["segment"], row["position"]), SIZE)
+        return Place(row["segment"], row["position"])
+
+    def read(self, queue_id: str, size: int = SIZE) -> bytes:
+        return JournalReader(self.directory).read(self.place(queue_id), size)
+
+    def sizes(self) -> list[int]:
+        return [(self.spool.directory / "journal" / name).stat().st_size for name in self.files()]
 
 
 @pytest.fixture
@@ -146,13 +169,90 @@ def test_one_message_in_a_thousand_that_is_deferred_costs_no_more_than_its_share
     assert copy.endswith(COPY)
     used = (harness.spool.directory / "journal" / copy).stat().st_size
     assert used <= 4 * 3 * SIZE
-    assert harness.store.usage() == (1, 3 * SIZE)
+    segments, live = harness.store.usage()
+    assert segments == 1
+    assert 3 * SIZE < live < used
     assert [harness.read(queue_id) for queue_id in waiting] == [harness.body(0)] * 3
     harness.queue.change("UPDATE deliveries SET state = 'queued' WHERE state = 'deferred'")
     harness.finish(*waiting)
     harness.pass_time(1000)
     assert harness.store.turn() == CleaningTurn(removed=1)
     assert (harness.files(), harness.rows()) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    ("count", "recipients", "size", "room", "apart"),
+    [(4, 1000, 4000, 1 << 20, False), (40, 30, 1000, 1 << 19, False), (40, 1, 100, 1 << 18, True)],
+)
+def test_a_segment_of_which_all_is_needed_is_never_rewritten(
+    harness: SegmentHarness, count: int, recipients: int, size: int, room: int, apart: bool
+) -> None:
+    """However much of it are envelopes and padding."""
+    harness.seal(count, recipients=recipients, size=size, room=room, apart=apart)
+    [file] = harness.files()
+    for _ in range(3):
+        assert harness.store.turn() == CleaningTurn()
+        harness.pass_time(700)
+    assert harness.files() == [file]
+    segments, live = harness.store.usage()
+    assert segments == 1
+    assert room / 4 < live < room
+
+
+@pytest.mark.parametrize(("recipients", "size"), [(1, 100), (200, 100)])
+def test_a_copy_is_not_compacted_again(harness: SegmentHarness, recipients: int, size: int) -> None:
+    first, *others = harness.seal(10, recipients=recipients, size=size)
+    harness.finish(*others)
+    harness.store.turn()
+    harness.pass_time(700)
+    assert harness.store.turn() == CleaningTurn(copied=1)
+    assert harness.store.turn() == CleaningTurn(removed=1)
+    files = harness.files()
+    for _ in range(3):
+        harness.pass_time(700)
+        assert harness.store.turn() == CleaningTurn()
+    assert harness.files() == files
+    assert harness.read(first, size) == harness.body(0, size)
+
+
+def test_envelopes_count_for_what_a_turn_copies(
+    harness: SegmentHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = harness.seal(25, recipients=200)
+    waiting = ids[:5]
+    harness.finish(*ids[5:])
+    harness.store.turn()
+    harness.pass_time(700)
+    monkeypatch.setattr("relay.spool.segments.COPY_SIZE", 80_000)  # of two such messages
+    turns = [harness.store.turn() for _ in range(4)]
+    assert turns == [
+        CleaningTurn(copied=2),
+        CleaningTurn(copied=2),
+        CleaningTurn(copied=1),
+        CleaningTurn(removed=1),
+    ]
+    assert all(30_000 < size < 90_000 for size in harness.sizes())
+    assert [harness.read(queue_id) for queue_id in waiting] == [harness.body(n) for n in range(5)]
+
+
+def test_compaction_goes_on_in_the_next_turn(
+    harness: SegmentHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten seconds later, and not when the segments that did not fit are due again."""
+    waiting = list[str]()
+    for _ in range(4):
+        first, *others = harness.seal(3)
+        waiting.append(first)
+        harness.finish(*others)
+    harness.store.turn()
+    harness.pass_time(7000)
+    monkeypatch.setattr("relay.spool.segments.COPY_SIZE", 2 * SIZE)  # fits one message
+    copied = 0
+    for _ in range(4):
+        copied += harness.store.turn().copied
+        harness.pass_time(10)
+    assert copied == 4
+    assert [harness.read(queue_id) for queue_id in waiting] == [harness.body(0)] * 4
 
 
 def test_a_message_that_moved_meanwhile_stays_at_its_new_place(harness: SegmentHarness) -> None:
@@ -165,8 +265,8 @@ def test_a_message_that_moved_meanwhile_stays_at_its_new_place(harness: SegmentH
     moved = "UPDATE messages SET position = position + 1 WHERE id = @id(:id)"
 
     def meanwhile(
-        directory: JournalDirectory, spool: str, records: Sequence[JournalRecord]
-    ) -> tuple[str, list[int], int]:
+        directory: JournalDirectory, spool: str, records: Iterable[JournalRecord]
+    ) -> SegmentCopy:
         harness.queue.change(moved, id=first)
         return write_copy(directory, spool, records)
 
