@@ -14,13 +14,14 @@ What must stay true:
   between leaves a row without a file, which the next turn removes;
 - a copy is synced under its name before any row points to it, and a row moves only if it still
   points to the old place; the old segment is looked at afresh before it goes;
-- a segment that declares a batch void outlives the segment of that batch.
+- a segment that declares a batch void outlives the segment of that batch;
+- a segment that fails, or waits, does not keep the others from their turn.
 """
 
 import json
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import groupby
 from typing import NamedTuple
 
@@ -28,8 +29,8 @@ from sqlalchemy import Connection, Engine
 
 from relay.db.engine import reading, writing
 from relay.db.sql import Queries
-from relay.ids import dashed
-from relay.log import get_logger
+from relay.ids import dashed, made_at
+from relay.log import first_line, get_logger
 from relay.spool.journal.adoption import voided_batches, voided_from
 from relay.spool.journal.copying import write_copy
 from relay.spool.journal.directory import ADOPTED, COPY, OWNED, JournalDirectory, SegmentFile
@@ -42,7 +43,7 @@ from relay.spool.journal.format import (
     VoidedBatch,
     decode_record,
 )
-from relay.spool.journal.scan import first_void, read_header, scan_shares
+from relay.spool.journal.scan import first_void, scan_shares
 
 log = get_logger(__name__)
 LOOKS = 64  # segments in a turn
@@ -143,13 +144,17 @@ class SegmentStore:
         self._queries = Queries(engine, __name__, longest=LONGEST)
 
     def turn(self) -> CleaningTurn:
-        """Look at the segments that are due. Raises OSError and the database's errors; the next
-        turn goes on."""
+        """Look at the segments that are due. One that fails is logged, and a later turn looks at it
+        again. Raises the database's errors, and OSError if no copy can be written."""
         removed, selection, due = 0, _Selection(), self._due()
         # Those of due segments were declared before: a segment is sealed after its last write.
         voids = voided_batches(self._directory) if due else set()
         for one in due:
-            removed += self._look_at(one, voids, selection)
+            try:
+                removed += self._look_at(one, voids, selection)
+            except Exception as error:
+                self._run_for("postpone", [one.id])  # raises if the database is away
+                log.error("segment not checked", segment=one.id, reason=first_line(error))
         self._run_for("look_again", selection.waiting)
         return CleaningTurn(removed, self._compact(selection.records))
 
@@ -162,19 +167,26 @@ class SegmentStore:
 
     def remove_unused_copies(self, older_than: float = 3600.0) -> int:
         """Remove copies without a row that no message points to: a compaction was interrupted. The
-        number of them. A younger one may be about to get its row."""
+        number of them. A younger one may be about to get its row. One that fails is logged."""
         with reading(self._engine) as connection:
             known = {*self._queries.run(connection, "known_segments").scalars()}
         removed = 0
-        for segment, _ in [*self._directory.segments(COPY)]:
-            with self._opened(segment) as file:
-                if segment in known or file is None or not file.lock():
-                    continue
-                if time.time() - read_header(file).created_at / 1e6 < older_than:
-                    continue
-                if not self._needed(segment, file, set()):
-                    removed += self._remove(segment)
+        for segment, name in [*self._directory.segments(COPY)]:
+            if segment in known or time.time() - made_at(segment) < older_than:
+                continue
+            try:
+                removed += self._remove_unused(segment, name)
+            except Exception as error:
+                log.error("segment not checked", segment=segment, reason=first_line(error))
         return removed
+
+    def _remove_unused(self, segment: str, name: str) -> bool:
+        try:
+            file = self._directory.open(name, write=True)  # NFS locks for a writer only
+        except FileNotFoundError:
+            return False
+        with closing(file):
+            return file.lock() and not self._needed(segment, file, set()) and self._remove(segment)
 
     def _due(self) -> list[_Due]:
         with reading(self._engine) as connection:

@@ -1,24 +1,31 @@
 """Removal and compaction of segments, on both databases: nothing that is needed goes, and nothing
 else stays."""
 
+import errno
+import os
 from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from reception.spooler_protocol import StoreRequest
+from relay.ids import new_id
 from relay.queue.accept import Acceptor
 from relay.queue.outcome import Outcome
 from relay.spool.journal.copying import SegmentCopy, write_copy
-from relay.spool.journal.directory import ADOPTED, COPY, OWNED, JournalDirectory
-from relay.spool.journal.format import JournalRecord, Place, VoidedBatch, encode_void
+from relay.spool.journal.directory import ADOPTED, COPY, OWNED, JournalDirectory, SegmentFile
+from relay.spool.journal.format import BLOCK, JournalRecord, Place, VoidedBatch, encode_void
 from relay.spool.journal.reader import JournalReader, WrongBody
 from relay.spool.journal.supply import make_segment
 from relay.spool.segments import CleaningTurn, SegmentStore
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness
 from tests.integration.test_spooler import SpoolerHarness
-from tests.journal_records import told_calls
+from tests.journal_records import message, told_calls
+from tests.waiting import SetClock
+from worker.segment_cleaner import SegmentCleaner
 
 RETENTION = 1000.0
 OLD_ID = "1".rjust(32, "0")  # of 1970
@@ -255,6 +262,44 @@ def test_compaction_goes_on_in_the_next_turn(
     assert [harness.read(queue_id) for queue_id in waiting] == [harness.body(0)] * 4
 
 
+def test_one_segment_that_cannot_be_removed_does_not_keep_the_others(
+    harness: SegmentHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, *good = [harness.seal(1) for _ in range(3)]
+    stuck = harness.place(bad[0]).segment
+    harness.finish(*bad, *[one for ids in good for one in ids])
+    harness.pass_time(1000)
+    unlink = JournalDirectory.unlink
+
+    def fail(directory: JournalDirectory, name: str) -> None:
+        if name.startswith(stuck):
+            raise PermissionError("immutable")
+        unlink(directory, name)
+
+    monkeypatch.setattr("relay.spool.segments.LOOKS", 1)
+    monkeypatch.setattr(JournalDirectory, "unlink", fail)
+    assert [harness.store.turn() for _ in range(3)].count(CleaningTurn(removed=1)) == 2
+    assert harness.files() == [stuck + OWNED]
+    monkeypatch.setattr(JournalDirectory, "unlink", unlink)
+    harness.pass_time(1000)
+    assert harness.store.turn() == CleaningTurn(removed=1)
+
+
+def test_segments_that_wait_do_not_keep_those_that_are_finished(
+    harness: SegmentHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn looks at fewer segments than wait."""
+    monkeypatch.setattr("relay.spool.segments.LOOKS", 2)
+    for _ in range(4):
+        harness.seal(3, room=1 << 14)
+    harness.finish(*harness.seal(3, room=1 << 14))
+    turns = list[CleaningTurn]()
+    for _ in range(3):
+        harness.pass_time(1000)
+        turns.append(harness.store.turn())
+    assert sorted(turns) == [CleaningTurn(), CleaningTurn(), CleaningTurn(removed=1)]
+
+
 def test_a_message_that_moved_meanwhile_stays_at_its_new_place(harness: SegmentHarness) -> None:
     first, *others = harness.seal(20)
     harness.finish(first, outcome=Outcome.DEFERRED)
@@ -303,9 +348,9 @@ def test_a_removal_that_was_interrupted_is_finished(
 
     with monkeypatch.context() as patch:
         patch.setattr(JournalDirectory, "sync", crash)
-        with pytest.raises(OSError, match="the power fails"):
-            harness.store.turn()
+        assert harness.store.turn() == CleaningTurn()
     assert (harness.files(), harness.rows()) == ([], 1)
+    harness.pass_time(1000)
     assert harness.store.turn() == CleaningTurn(removed=1)
     assert harness.rows() == 0
 
@@ -334,6 +379,100 @@ def test_a_copy_that_no_row_points_to_is_removed(
     harness.pass_time(700)
     assert harness.store.turn() == CleaningTurn(copied=1)
     assert harness.store.remove_unused_copies(older_than=0.0) == 0, "rows point to it"
+
+
+def leave_copies(harness: SegmentHarness, count: int, *, queue_id: str = OLD_ID) -> list[str]:
+    """Copies of a message, which no row points to; their names."""
+    for _ in range(count):
+        write_copy(
+            harness.directory, harness.spool.identity, [replace(message(), queue_id=queue_id)]
+        )
+    return harness.files()
+
+
+def test_unused_copies_are_removed_where_only_a_writer_may_lock(
+    harness: SegmentHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS."""
+    assert len(leave_copies(harness, 2)) == 2
+    writers = list[SegmentFile]()
+    open_file, lock = JournalDirectory.open, SegmentFile.lock
+
+    def opened(directory: JournalDirectory, name: str, *, write: bool = False) -> SegmentFile:
+        file = open_file(directory, name, write=write)
+        writers.extend([file] if write else [])
+        return file
+
+    def lock_as_nfs(file: SegmentFile) -> bool:
+        if file not in writers:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return lock(file)
+
+    monkeypatch.setattr(JournalDirectory, "open", opened)
+    monkeypatch.setattr(SegmentFile, "lock", lock_as_nfs)
+    assert harness.store.remove_unused_copies(older_than=0.0) == 2
+    assert harness.files() == []
+
+
+def test_one_bad_copy_does_not_keep_the_others(
+    harness: SegmentHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headless, locked, unreadable, _ = leave_copies(harness, 4)
+    with (harness.spool.directory / "journal" / headless).open("r+b") as file:
+        file.write(bytes(BLOCK))
+    open_file = JournalDirectory.open
+
+    def fail(directory: JournalDirectory, name: str, *, write: bool = False) -> SegmentFile:
+        if name == unreadable:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return open_file(directory, name, write=write)
+
+    monkeypatch.setattr(JournalDirectory, "open", fail)
+    holder = harness.directory.open(locked, write=True)
+    assert holder.lock()
+    removed = harness.store.remove_unused_copies(older_than=0.0)
+    assert removed == 2, "one of them without its header"
+    assert harness.files() == [locked, unreadable]
+    holder.close()
+
+
+def test_a_young_copy_stays(harness: SegmentHarness) -> None:
+    """It may be about to get its row."""
+    files = leave_copies(harness, 1)
+    assert harness.store.remove_unused_copies() == 0
+    assert harness.files() == files
+
+
+def test_a_copy_of_a_message_without_a_row_stays(harness: SegmentHarness) -> None:
+    """Its rows may have been lost."""
+    files = leave_copies(harness, 1, queue_id=new_id())
+    assert harness.store.remove_unused_copies(older_than=0.0) == 0
+    assert harness.files() == files
+
+
+def test_the_cleaner_searches_unused_copies_every_hour(
+    harness: SegmentHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when a search failed."""
+    clock, searches = SetClock(), list[float]()
+
+    def search(_: SegmentStore) -> int:
+        searches.append(clock.now)
+        if len(searches) == 1:
+            raise OSError("no directory")
+        return 0
+
+    monkeypatch.setattr(SegmentStore, "remove_unused_copies", search)
+    # PostgreSQL releases the lock of a session a little later than the session ends.
+    monkeypatch.setattr("worker.segment_cleaner.exclusive", lambda *_: nullcontext(True))
+    queue = harness.queue
+    cleaner = SegmentCleaner(queue.settings, queue.database, harness.spool, clock=clock)
+    with pytest.raises(OSError, match="no directory"):
+        cleaner.turn()
+    for seconds in (0, 10, 3580, 20, 3600):
+        clock.now += seconds
+        cleaner.turn()
+    assert searches == [1000.0, 1000.0, 4610.0, 8210.0]
 
 
 def test_a_damaged_body_is_not_copied_and_keeps_its_segment(harness: SegmentHarness) -> None:
