@@ -92,6 +92,11 @@ class Chunk:
     hinted: bool = False
 
     @property
+    def announced(self) -> str | None:
+        """The id of a message that comes alone and whose hint is published."""
+        return self.hints[0][0] if self.hinted and len(self.hints) == 1 else None
+
+    @property
     def age(self) -> float:
         """How long ago it arrived, in seconds."""
         return min(MAX_AGE, max(0.0, time.monotonic() - self.arrived))
@@ -205,7 +210,7 @@ def commit_chunk(acceptor: Acceptor, directory: JournalDirectory, chunk: Chunk) 
     span = SegmentSpan(segment.id, chunk.start, chunk.end)
     _open_row(acceptor, directory, segment, chunk.start)
     try:
-        acceptor.commit(chunk.messages, span, age=chunk.age)
+        acceptor.commit(chunk.messages, span, age=chunk.age, announced=chunk.announced)
     except PositionMoved:
         raise
     except Exception as error:
