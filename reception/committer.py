@@ -27,18 +27,19 @@ from reception.replay import (
     OpenSegment,
     backlog,
     commit_chunk,
+    log_damage,
     read_chunk,
     seal,
     to_replay,
 )
 from reception.spooler_protocol import Lag
-from relay.db.engine import is_outage
+from relay.db.engine import DatabaseFileError, is_outage
 from relay.hint_entry import EARLY_COMMIT
 from relay.log import first_line, get_logger
 from relay.queue.accept import Acceptor, EncodedMessage, PositionMoved
 from relay.spool.journal.adoption import AdoptedSegment, adopt, voided_batches, voided_from
 from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory
-from relay.spool.journal.format import BLOCK, JournalFormatError
+from relay.spool.journal.format import BLOCK
 from relay.spool.journal.writer import JournalWriter
 from relay.spool.mark import SpoolMark
 
@@ -56,6 +57,9 @@ ADOPT_INTERVAL = 60.0  # seconds
 ADOPT_SOON = 10.0
 """Seconds from the first adoption to the second. A spooler whose smtpd was killed goes on for five
 seconds with the rows that are missing, and has its segment until then."""
+KEPT_INTERVAL = 600.0
+"""Seconds until a damaged segment is read again: the disk may have recovered, or an operator may
+have removed it."""
 MARK_INTERVAL = 1.0  # seconds
 _RECENT = 3600.0
 _PAUSE = 0.1
@@ -139,10 +143,11 @@ class JournalCommitter:
         self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
         self._thread.start()
 
-    @property
-    def replies_wait(self) -> bool:
-        """Whether some reply waits for rows."""
-        return bool(self._unreplied)
+    def waits_since(self) -> float | None:
+        """When the batch was written whose reply has waited for rows the longest (monotonic); None
+        if no reply waits."""
+        with self._changed:
+            return self._unreplied[0].written if self._unreplied else None
 
     def lag(self) -> Lag:
         """What has no rows yet."""
@@ -219,10 +224,13 @@ class JournalCommitter:
             self._release(segment)
 
     def _run(self) -> None:
-        self._count_backlog()
-        pause = _PAUSE
+        pause, learned = _PAUSE, False
         while True:
             try:
+                if not learned:  # before the first connection, which the mark may refuse
+                    self._mark.learn_from_journal(unsealed=True)
+                    self._count_backlog()
+                    learned = True
                 if not self._turn():
                     return
                 pause = _PAUSE
@@ -230,7 +238,7 @@ class JournalCommitter:
                 if not is_outage(error):
                     log.exception("committer failed")
                 elif pause == _PAUSE:
-                    log.error("database away", reason=first_line(error))
+                    _log_outage(error)
                 with self._changed:
                     if self._closing:
                         return
@@ -289,8 +297,7 @@ class JournalCommitter:
 
     def _has_work(self) -> bool:
         return any(
-            self._pends(segment) or (segment.retired and segment.committed >= segment.end)
-            for segment in self._segments.values()
+            self._pends(segment) or self._ends(segment) for segment in self._segments.values()
         )
 
     # Taking what has no rows
@@ -315,11 +322,20 @@ class JournalCommitter:
                     return self._chunk
                 end = head.start
         try:
-            self._chunk = read_chunk(segment, end)
-        except (OSError, JournalFormatError) as error:
-            log.error("segment unreadable", name=segment.name, reason=str(error))
-            segment.unreadable_until = time.monotonic() + ADOPT_INTERVAL
-        return self._chunk
+            chunk = read_chunk(segment, end)
+        except OSError as error:
+            self._put_off(segment, str(error))
+            return None
+        if chunk.unreadable and not segment.read_again:
+            segment.read_again = True  # a minute later what cannot be read is passed over
+            self._put_off(segment, "the disk cannot read parts of it")
+            return None
+        self._chunk = chunk
+        return chunk
+
+    def _put_off(self, segment: OpenSegment, reason: str) -> None:
+        log.error("segment unreadable", name=segment.name, reason=reason)
+        segment.unreadable_until = time.monotonic() + ADOPT_INTERVAL
 
     def _pends(self, segment: OpenSegment) -> bool:
         """Whether rows of a segment are missing that can be made now."""
@@ -382,7 +398,7 @@ class JournalCommitter:
         """The rows of a chunk are made; the batches whose replies waited for that."""
         with self._changed:
             segment.committed, self._unmarked = chunk.end, True
-            self._damages += chunk.damages
+            self._damages += sum(not damage.torn for damage in chunk.damages)
             segment.pending -= len(chunk.messages)
             segment.pending_octets -= chunk.size
             if chunk.age < _RECENT:
@@ -398,13 +414,22 @@ class JournalCommitter:
     # Segments that begin and end
 
     def _finish_segments(self) -> None:
-        """Seals what is committed to its end. Raises the database's errors."""
+        """Seals what is committed to its end, or keeps it if it is damaged. Raises the database's
+        errors."""
         with self._changed:
-            done = [s for s in self._segments.values() if s.retired and s.committed >= s.end]
+            done = [segment for segment in self._segments.values() if self._ends(segment)]
         for segment in done:
             if segment.orderly:
                 seal(self._acceptor, self._directory, segment)
-            self._release(segment)
+            if segment.damaged and segment.orderly:
+                segment.pending = segment.pending_octets = 0  # they cannot be read any more
+                segment.look_at = time.monotonic() + KEPT_INTERVAL
+            else:
+                self._release(segment)
+
+    def _ends(self, segment: OpenSegment) -> bool:
+        """Whether a segment has just been committed to its end."""
+        return segment.retired and segment.committed >= segment.end and not segment.look_at
 
     def _release(self, segment: OpenSegment) -> None:
         """Closes a segment, which releases its lock."""
@@ -420,6 +445,7 @@ class JournalCommitter:
 
     def _adopt(self) -> None:
         """Takes over the segments of spoolers that have ended. Raises the database's errors."""
+        self._release_kept()
         skip = self._acceptor.sealed_segments() | {*self._segments}
         try:
             adopted = adopt(self._directory, skip=skip, local=self._local)
@@ -429,26 +455,47 @@ class JournalCommitter:
             return
         if adopted:
             self._mark.advance(self._engine)  # raises if the database was restored meanwhile
+        taken: list[OpenSegment] = []
         for one in adopted:
             try:
-                self._take_over(one, voided_from(voids, one.header.segment))
+                taken += self._taken_over(one, voided_from(voids, one.header.segment))
             except OSError as error:
                 name = one.header.segment + ADOPTED
                 log.error("segment unreadable", name=name, reason=str(error))
                 one.file.close()
-        with self._changed:
+        with self._changed:  # in one step, so that no message counts twice for the limit
+            self._segments |= {segment.id: segment for segment in taken}
             self._backlog = Backlog()
 
-    def _take_over(self, adopted: AdoptedSegment, void_from: float) -> None:
+    def _release_kept(self) -> None:
+        """Lets damaged segments go that are to be read again, or were removed."""
+        now = time.monotonic()
+        for segment in [*self._segments.values()]:
+            if segment.look_at and (segment.look_at <= now or segment.file.unlinked()):
+                self._release(segment)
+
+    def _taken_over(self, adopted: AdoptedSegment, void_from: float) -> Sequence[OpenSegment]:
+        """An adopted segment with what of it has no rows, if it is to be replayed here."""
         header, file = adopted.header, adopted.file
         if header.spool != self._spool:
             log.error("segment of another spool", segment=header.segment, spool=header.spool)
             file.close()
-            return
+            return ()
         segment = to_replay(self._acceptor, adopted, void_from)
         if segment is None:
             file.close()
-            return
+            return ()
         log.info("segment adopted", segment=segment.id, messages=segment.pending)
-        with self._changed:
-            self._segments[segment.id] = segment
+        if segment.tail is not None:
+            log_damage(segment.id, segment.tail)
+            with self._changed:
+                self._damages += 1
+        return (segment,)
+
+
+def _log_outage(error: Exception) -> None:
+    """Log what is away: the spool, if it is an error of a file that is not the database's."""
+    if isinstance(error, OSError) and not isinstance(error, DatabaseFileError):
+        log.error("spool away", reason=first_line(error))
+    else:
+        log.error("database away", reason=first_line(error))

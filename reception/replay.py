@@ -3,14 +3,15 @@
 A chunk is what one transaction commits: messages that arrived within a second of each other. What
 must stay true: a batch that was declared void gets no rows; damage is logged and passed over, and
 everything that verifies gets its rows; damage behind the last batch of a segment is a torn tail, of
-which no client has heard.
+which no client has heard. A message whose body is damaged gets rows that are held. A segment where
+envelopes are damaged, or cannot be read, is never sealed, and so never removed.
 """
 
 import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from relay.db.engine import is_outage
@@ -21,12 +22,14 @@ from relay.queue.accept import (
     PositionMoved,
     SegmentSpan,
     decode,
+    held_rows,
     routes_of,
 )
 from relay.spool.journal.adoption import AdoptedSegment, voided_batches
+from relay.spool.journal.blockwise import UNREADABLE
 from relay.spool.journal.contents import contents
 from relay.spool.journal.directory import ADOPTED, JournalDirectory, SegmentFile
-from relay.spool.journal.format import BLOCK, JournalRecord
+from relay.spool.journal.format import BLOCK, JournalFormatError, JournalRecord, SegmentHeader
 from relay.spool.journal.scan import Damage, ScannedBatch, first_void, read_header, scan
 
 log = get_logger(__name__)
@@ -46,7 +49,9 @@ class OpenSegment:
     """A segment that this process owns. Its messages have rows up to `committed` and are written up
     to `end`; `count`: those whose bodies stand in it; `retired`: nothing more is written to it;
     `orderly`: what lies behind `end` does not count; nor does anything from `void_from` on.
-    `unreadable_until`: it could not be read, and is tried again then (monotonic)."""
+    `unreadable_until`: it could not be read, and is tried again then (monotonic); `read_again`:
+    that was done once. `damaged`: messages of it may have no rows, so it is kept; `tail`: what of
+    that lies behind `end`; `look_at`: when a kept segment is read again (monotonic)."""
 
     id: str
     name: str
@@ -59,6 +64,10 @@ class OpenSegment:
     orderly: bool = True
     void_from: float = float("inf")
     unreadable_until: float = 0.0
+    read_again: bool = False
+    damaged: bool = False
+    tail: Damage | None = None
+    look_at: float = 0.0
     count: int = 0
     least: str = ""
     greatest: str = ""
@@ -88,8 +97,21 @@ class Chunk:
     hints: list[tuple[str, tuple[str, ...]]]
     size: int
     arrived: float
-    damages: int = 0
+    damages: list[Damage] = field(default_factory=list)
     hinted: bool = False
+
+    def add(self, record: JournalRecord, held: str = "") -> None:
+        """Add a message. `held`: why its delivery waits for an operator."""
+        rows = held_rows(record.envelope, held) if held else record.envelope
+        self.messages.append(EncodedMessage(rows, record.position if record.in_journal else None))
+        if not held:
+            self.hints.append((record.queue_id, routes_of(record.envelope)))
+        self.size += _octets(record)
+
+    @property
+    def unreadable(self) -> bool:
+        """Whether the disk could not read some of it."""
+        return any(damage.unreadable for damage in self.damages)
 
     @property
     def announced(self) -> str | None:
@@ -120,6 +142,7 @@ def to_replay(acceptor: Acceptor, adopted: AdoptedSegment, void_from: float) -> 
         retired=True,
         void_from=void_from,
     )
+    tail: ScannedBatch | Damage | None = None
     for item in scan(file, header, verify_bodies=False):
         if isinstance(item, ScannedBatch) and item.void is None:
             if item.position < void_from and item.records:
@@ -128,9 +151,17 @@ def to_replay(acceptor: Acceptor, adopted: AdoptedSegment, void_from: float) -> 
                 ids, bodies = [r.queue_id for r in item.records], _bodies(item.records)
                 segment.add(ids, bodies, size, pending=pending)
             segment.end = max(segment.end, item.end)
-        elif isinstance(item, Damage) and not item.torn:
-            segment.end = max(segment.end, item.end)
+        if item.position < void_from:
+            segment.damaged |= _hides_messages(item)
+        tail = item
+    if isinstance(tail, Damage) and tail.unreadable:  # it may be readable later, so `end` stays
+        segment.tail = tail
     return segment
+
+
+def _hides_messages(item: ScannedBatch | Damage) -> bool:
+    damages = [item] if isinstance(item, Damage) else item.damages
+    return any(damage.hides_messages for damage in damages)
 
 
 class Backlog(NamedTuple):
@@ -163,33 +194,58 @@ def read_chunk(segment: OpenSegment, end: int) -> Chunk:
     """Reads from the file what is committed next, up to `end`: messages that arrived within a
     second of each other."""
     chunk = Chunk(segment, segment.committed, end, [], [], 0, time.monotonic())
+    header, fault = _header(segment)
     written_at, octets = None, 0
-    for item in scan(segment.file, read_header(segment.file), segment.committed, end):
+    for item in scan(segment.file, header, segment.committed, end):
+        if segment.ours:
+            item = _synced(item)
         if isinstance(item, Damage):
-            chunk.damages += _log_damage(segment.id, item)
+            chunk.damages.append(item)
             continue
-        size = sum(len(record.envelope) for record in item.records)
+        without_bodies = item.without_bodies
+        records = [*item.records, *(record for record, _ in without_bodies)]
+        size = sum(len(record.envelope) for record in records)
         if chunk.messages and written_at is not None:
             apart = abs(item.header.written_at - written_at) > SAME_TIME * 1e6
-            many = len(chunk.messages) + len(item.records) > MAX_ROWS
+            many = len(chunk.messages) + len(records) > MAX_ROWS
             if apart or many or octets + size > MAX_ROWS_OCTETS:
                 chunk.end = item.position
                 break
         octets += size
-        for damage in item.damages:
-            chunk.damages += _log_damage(segment.id, damage)
+        chunk.damages += item.damages
         if segment.void_from <= item.position:
             continue
         written_at = written_at or item.header.written_at
         for record in item.records:
-            chunk.messages.append(
-                EncodedMessage(record.envelope, record.position if record.in_journal else None)
-            )
-            chunk.hints.append((record.queue_id, routes_of(record.envelope)))
-            chunk.size += _octets(record)
+            chunk.add(record)
+        for record, reason in without_bodies:
+            chunk.add(record, f"held by smtpd: {reason}")
+    if fault is not None and not chunk.messages:
+        raise fault  # of the whole disk, it seems
     if written_at is not None:
         chunk.arrived -= max(0.0, time.time() - written_at / 1e6)
     return chunk
+
+
+def _synced(item: ScannedBatch | Damage) -> ScannedBatch | Damage:
+    """What is known to be synced is no torn tail."""
+    if isinstance(item, Damage):
+        return item._replace(torn=False)
+    return replace(item, damages=[damage._replace(torn=False) for damage in item.damages])
+
+
+def _header(segment: OpenSegment) -> tuple[SegmentHeader, OSError | None]:
+    """The header of a segment, and the error if the disk cannot read it. The id is enough to read
+    the rest."""
+    try:
+        return read_header(segment.file), None
+    except JournalFormatError:
+        fault = None
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise
+        fault = error
+    return SegmentHeader(segment.id, "", 0, ""), fault
 
 
 def _octets(record: JournalRecord) -> int:
@@ -218,6 +274,9 @@ def commit_chunk(acceptor: Acceptor, directory: JournalDirectory, chunk: Chunk) 
             raise
         log.error("batch refused by the database", reason=first_line(error))
         acceptor.commit_each(chunk.messages, span, age=chunk.age)
+    segment.damaged |= any(damage.hides_messages for damage in chunk.damages)
+    for damage in chunk.damages:
+        log_damage(segment.id, damage)
 
 
 def _open_row(
@@ -235,13 +294,18 @@ def _open_row(
 
 
 def seal(acceptor: Acceptor, directory: JournalDirectory, segment: OpenSegment) -> None:
-    """Seals a segment that is committed to its end. Raises OSError and the database's errors."""
+    """Seals a segment that is committed to its end, unless it is damaged. Raises OSError and the
+    database's errors."""
+    unused = not segment.opened and not segment.least and _declares_nothing(segment)
+    if segment.damaged:
+        log.error("segment kept", segment=segment.id, reason="messages of it may have no rows")
+        return
+    if unused:
+        with suppress(FileNotFoundError):  # another process adopted it
+            directory.unlink(segment.name)  # nothing was ever written to it
+        directory.sync()
+        return
     if not segment.opened:
-        if not segment.least and first_void(segment.file, read_header(segment.file)) is None:
-            with suppress(FileNotFoundError):  # another process adopted it
-                directory.unlink(segment.name)  # nothing was ever written to it
-            directory.sync()
-            return
         try:
             _open_row(acceptor, directory, segment, segment.end)
         except PositionMoved:
@@ -249,6 +313,16 @@ def seal(acceptor: Acceptor, directory: JournalDirectory, segment: OpenSegment) 
     acceptor.seal_segment(segment.id, segment.end, segment.count, segment.least, segment.greatest)
     with suppress(OSError):
         segment.file.protect()
+
+
+def _declares_nothing(segment: OpenSegment) -> bool:
+    """Whether a segment declares no batch void. One whose first batch the disk cannot read is
+    damaged."""
+    try:
+        return first_void(segment.file, SegmentHeader(segment.id, "", 0, "")) is None
+    except OSError:
+        segment.damaged = True
+        return False
 
 
 def replay(acceptor: Acceptor, directory: JournalDirectory, segment: OpenSegment) -> int:
@@ -264,11 +338,10 @@ def replay(acceptor: Acceptor, directory: JournalDirectory, segment: OpenSegment
     return messages
 
 
-def _log_damage(segment: str, damage: Damage) -> bool:
-    """Whether it is a loss; a torn tail was never confirmed to a client."""
+def log_damage(segment: str, damage: Damage) -> None:
+    """A torn tail is no loss: it was never confirmed to a client."""
     fields = {"segment": segment, "position": damage.position, "reason": damage.reason}
     if damage.torn:
         log.warning("segment ends in a torn batch", **fields)
     else:
         log.critical("segment damaged", octets=damage.end - damage.position, **fields)
-    return not damage.torn

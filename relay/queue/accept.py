@@ -164,6 +164,13 @@ def routes_of(rows: bytes) -> tuple[str, ...]:
     return tuple(one["route"] for one in json.loads(b"[%b]" % deliveries))
 
 
+def held_rows(rows: bytes, reason: str) -> bytes:
+    """The same rows, with deliveries that are held for a reason."""
+    message, recipients, deliveries = rows.split(b"\n")
+    held = [one | {"hold_reason": reason} for one in json.loads(b"[%b]" % deliveries)]
+    return b"\n".join((message, recipients, json.dumps(held)[1:-1].encode()))
+
+
 def _bounded(text: str) -> str:
     return escaped(text, LONGEST_INDEXED)
 

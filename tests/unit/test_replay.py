@@ -108,8 +108,9 @@ def test_damage_is_counted_but_for_a_torn_tail(directory: JournalDirectory) -> N
     assert first.position is not None
     segment.file.write([b"?"], first.position)
     segment.file.write([b"?"], segment.end - BLOCK)  # the last batch
+    segment.ours = False
     chunk = read_chunk(segment, segment.end + BLOCK)
-    assert chunk.damages == 1
+    assert [damage.torn for damage in chunk.damages] == [False, True]
 
 
 # The backlog

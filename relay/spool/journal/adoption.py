@@ -97,25 +97,37 @@ def adopt_one(
 
 
 def voided_batches(directory: JournalDirectory) -> set[VoidedBatch]:
-    """Every batch that some segment declares void. Raises OSError.
+    """Every batch that some segment declares void. Raises OSError if the directory cannot be read.
 
     Call it after the adoption: an owner that is alive declares a batch void and then looks whether
-    the segment still has its name.
+    the segment still has its name. A segment that cannot be read is logged and passed over: if it
+    declares a batch void, the messages of that batch may come twice, and no other waits for it.
     """
     voids = set()
     # A segment that is renamed while the directory is read may be missing. None is renamed twice.
     for segment in {
         segment for _ in range(2) for segment, _ in directory.segments(OWNED, ADOPTED, COPY)
     }:
-        if file := directory.open_segment(segment):
-            try:
-                # The name is as good as the header, which may be damaged: checksums contain the id.
-                void = first_void(file, SegmentHeader(segment, "", 0, ""))
-            finally:
-                file.close()
-            if void is not None:
-                voids.add(void)
+        try:
+            void = _void_in(directory, segment)
+        except OSError as error:
+            log.error("segment unreadable", name=segment, reason=str(error))
+            continue
+        if void is not None:
+            voids.add(void)
     return voids
+
+
+def _void_in(directory: JournalDirectory, segment: str) -> VoidedBatch | None:
+    """The batch that a segment declares void. Raises OSError."""
+    file = directory.open_segment(segment)
+    if file is None:
+        return None
+    try:
+        # The name is as good as the header, which may be damaged: checksums contain the id.
+        return first_void(file, SegmentHeader(segment, "", 0, ""))
+    finally:
+        file.close()
 
 
 def voided_from(voids: Iterable[VoidedBatch], segment: str) -> float:

@@ -1,18 +1,23 @@
 """Every segment of a journal, one after the other, for commands that read all of them.
 
-It changes nothing, so it may run beside a relay that works. A segment whose header is damaged is
-read all the same: its name is its id, and checksums contain the id. What must stay true: a segment
-that is renamed meanwhile is read, and one that is removed meanwhile is left out.
+It changes nothing, so it may run beside a relay that works. A segment whose header is damaged, or
+cannot be read, is read all the same: its name is its id, and checksums contain the id. What must
+stay true: a segment that is renamed meanwhile is read, and one that is removed meanwhile is left
+out; no fault of one segment keeps the others.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from relay.log import get_logger
 from relay.spool.journal.adoption import voided_from
+from relay.spool.journal.blockwise import UNREADABLE
 from relay.spool.journal.directory import ADOPTED, COPY, OWNED, JournalDirectory, SegmentFile
 from relay.spool.journal.format import BLOCK, JournalFormatError, SegmentHeader, VoidedBatch
 from relay.spool.journal.scan import Damage, ScannedBatch, batch_headers, read_header, scan
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +56,35 @@ class SegmentContents:
 
 
 def contents(directory: JournalDirectory) -> Iterator[SegmentContents]:
-    """Every segment, oldest first; each is closed when the next is taken. Raises OSError."""
+    """Every segment, oldest first; each is closed when the next is taken. One that cannot be opened
+    is logged and left out. Raises OSError if the directory cannot be read."""
     for segment, name in [*directory.segments(OWNED, ADOPTED, COPY)]:
-        file = directory.open_segment(segment)
-        if file is None:
+        try:
+            file = directory.open_segment(segment)
+            if file is None:
+                continue
+            header, fault = _header(file, segment)
+        except OSError as error:
+            log.error("segment unreadable", name=name, reason=str(error))
             continue
         try:
-            try:
-                header, fault = read_header(file), ""
-            except JournalFormatError as error:
-                header, fault = SegmentHeader(segment, "", 0, ""), str(error)
-            if not fault and header.segment != segment:
-                fault = f"it has the header of segment {header.segment}"
-                header = header._replace(segment=segment)
             yield SegmentContents(name, header, file, fault)
         finally:
             file.close()
+
+
+def _header(file: SegmentFile, segment: str) -> tuple[SegmentHeader, str]:
+    """The header of the segment of this id, and what is wrong with it."""
+    try:
+        header = read_header(file)
+    except (JournalFormatError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in UNREADABLE:
+            raise
+        return SegmentHeader(segment, "", 0, ""), getattr(error, "strerror", "") or str(error)
+    if header.segment != segment:
+        fault = f"it has the header of segment {header.segment}"
+        return header._replace(segment=segment), fault
+    return header, ""
 
 
 def highest_mark(directory: JournalDirectory, spool: str, *, unsealed: bool = False) -> int:
