@@ -19,7 +19,7 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from relay.db.engine import OlderDatabase, prepare_connections, writing
+from relay.db.engine import OlderDatabase, prepare_connections, reading, writing
 from relay.db.sql import Queries
 from relay.ids import new_id
 from relay.log import get_logger
@@ -43,6 +43,18 @@ class SpoolMark:
     def guard(self, engine: Engine) -> None:
         """Refuse new connections of this engine to an older database (OlderDatabase)."""
         prepare_connections(engine, self._check)
+
+    def check(self, engine: Engine) -> None:
+        """Raise OlderDatabase if the database was overwritten under a connection that lives on, and
+        the database's errors."""
+        known = max(self.known, self._read())
+        with reading(engine) as connection:
+            row = connection.exec_driver_sql(_SELECT).fetchone()
+        try:
+            self._compare(row, known)
+        except OlderDatabase:
+            engine.dispose()  # new connections are refused by `guard`
+            raise
 
     def advance(self, engine: Engine) -> int:
         """Raise the mark by one; the new value. Raises the database's errors, and OlderDatabase if
@@ -86,6 +98,10 @@ class SpoolMark:
         row = connection.execute(_SELECT).fetchone()
         with suppress(AttributeError):  # sqlite3 has begun no transaction
             connection.commit()
+        self._compare(row, known)
+
+    def _compare(self, row: Any, known: int) -> None:
+        """Raise OlderDatabase unless this row of `spool` is ours and has a mark that is known."""
         if row is not None and row[0] != self._identity:
             log.critical("database of another spool", spool=self._identity, known=row[0])
             raise OlderDatabase(
