@@ -139,7 +139,7 @@ class RelayProcess:
         self.process.kill()
 
 
-class SpoolerProcess(RelayProcess):
+class SimulatedSpooler(RelayProcess):
     """`replied` gets the ids of messages whose clients hear 250."""
 
     def __init__(self, machine: Machine, replied: Callable[[Iterable[str]], object]) -> None:
@@ -197,7 +197,7 @@ class SpoolerProcess(RelayProcess):
         self._replied(f"{number:032x}" for batch in batches for number in batch.numbers)
 
 
-class WorkerProcess(RelayProcess):
+class SimulatedWorker(RelayProcess):
     """Delivers and cleans up."""
 
     def __init__(self, machine: Machine) -> None:
@@ -229,7 +229,7 @@ _DELIVERED = (
 )
 
 
-class CommandProcess(RelayProcess):
+class SimulatedCommand(RelayProcess):
     """Commands of an operator."""
 
     def rebuild(self) -> None:

@@ -61,11 +61,11 @@ from tests.journal_disk import (
 from tests.journal_processes import (
     RETENTION,
     SPOOL,
-    CommandProcess,
     Machine,
     RelayProcess,
-    SpoolerProcess,
-    WorkerProcess,
+    SimulatedCommand,
+    SimulatedSpooler,
+    SimulatedWorker,
     new_id,
     new_record,
     new_settings,
@@ -144,7 +144,7 @@ class JournalHistory(RuleBasedStateMachine):
             self.disk, self.database, self.clock, new_settings(path), Spool(spool)
         )
         self.observer = self.disk.start_process()
-        self.spoolers: list[SpoolerProcess] = []
+        self.spoolers: list[SimulatedSpooler] = []
         self.backups: list[Backup] = []
         self.bodies: dict[str, bytes] = {}
         self.accepted: set[str] = set()  # the client heard 250
@@ -273,7 +273,7 @@ class JournalHistory(RuleBasedStateMachine):
             and deep
         ):
             self._finish_all()
-            self._work(WorkerProcess.clean)
+            self._work(SimulatedWorker.clean)
         other.kill()
 
     def _finish_all(self) -> None:
@@ -281,9 +281,9 @@ class JournalHistory(RuleBasedStateMachine):
         self._deliver([*self.present])
         self._purge()
 
-    def _work(self, work: Callable[[WorkerProcess], object], plan: Plan | None = None) -> bool:
+    def _work(self, work: Callable[[SimulatedWorker], object], plan: Plan | None = None) -> bool:
         """A worker does something."""
-        return self._in_process(WorkerProcess(self.machine), work, plan or {})
+        return self._in_process(SimulatedWorker(self.machine), work, plan or {})
 
     def _in_process[Process: RelayProcess](
         self, process: Process, work: Callable[[Process], object], plan: Plan
@@ -292,10 +292,10 @@ class JournalHistory(RuleBasedStateMachine):
         process.kill()
         return done
 
-    def _new_spooler(self) -> SpoolerProcess:
-        return SpoolerProcess(self.machine, self.accepted.update)
+    def _new_spooler(self) -> SimulatedSpooler:
+        return SimulatedSpooler(self.machine, self.accepted.update)
 
-    def _living(self, number: int) -> SpoolerProcess:
+    def _living(self, number: int) -> SimulatedSpooler:
         self.spoolers = [spooler for spooler in self.spoolers if spooler.alive]
         if not self.spoolers:
             self.spoolers.append(self._new_spooler())
@@ -370,7 +370,7 @@ class JournalHistory(RuleBasedStateMachine):
         names = [name for _, name in self.look().segments(OWNED)]
         if names:
             name = names[which % len(names)]
-            command = CommandProcess(self.machine)
+            command = SimulatedCommand(self.machine)
             self._in_process(command, lambda one: one.adopt(name), plan)
 
     @rule(number=numbers, plan=commit_plans)
@@ -427,8 +427,8 @@ class JournalHistory(RuleBasedStateMachine):
             spooler.kill()
         self.rebuilding = True
         for each in (plan, {}):
-            command = CommandProcess(self.machine, guarded=False)
-            self._in_process(command, CommandProcess.rebuild, each)
+            command = SimulatedCommand(self.machine, guarded=False)
+            self._in_process(command, SimulatedCommand.rebuild, each)
         self.rebuilding = False
 
     # Workers
@@ -446,7 +446,7 @@ class JournalHistory(RuleBasedStateMachine):
     def _purge(self) -> None:
         """Retention."""
         self.clock.now += 2 * RETENTION
-        self._work(WorkerProcess.purge)
+        self._work(SimulatedWorker.purge)
 
     @rule()
     def purge(self) -> None:
@@ -454,15 +454,15 @@ class JournalHistory(RuleBasedStateMachine):
 
     @rule(plan=work_plans)
     def clean(self, plan: Plan) -> None:
-        self._work(WorkerProcess.clean, plan)
+        self._work(SimulatedWorker.clean, plan)
 
     @rule(plan=work_plans)
     def compact(self, plan: Plan) -> None:
         """A turn finds sparse segments; a later one copies them, and the next one removes them."""
-        self._work(WorkerProcess.clean)
+        self._work(SimulatedWorker.clean)
         self.clock.now += SPARSE
-        self._work(WorkerProcess.clean, plan)
-        self._work(WorkerProcess.clean)
+        self._work(SimulatedWorker.clean, plan)
+        self._work(SimulatedWorker.clean)
 
     @rule(plan=work_plans)
     def remove_copies(self, plan: Plan) -> None:
@@ -495,7 +495,7 @@ class JournalHistory(RuleBasedStateMachine):
             self._finish_all()
             for _ in range(4):  # a segment with a void goes after the one that it voids
                 self.clock.now += SPARSE
-                self._work(WorkerProcess.clean)
+                self._work(SimulatedWorker.clean)
             self._work(lambda worker: worker.store.remove_unused_copies())
             assert {name[32:] for name in self.look().names() if name != MARK} <= {NEW}
         finally:
@@ -602,7 +602,7 @@ def test_an_adopter_sees_the_void_that_was_written_just_before_its_rename(
     """An owner that lives answers 451 while the adopter waits for the database."""
     history = new_history()
     history.append(0, [10], {}, wait=True, deep=False, after="lives")
-    owner, adopter = history.spoolers[0], SpoolerProcess(history.machine, set[str]().update)
+    owner, adopter = history.spoolers[0], SimulatedSpooler(history.machine, set[str]().update)
 
     def fail() -> None:
         failed = {("sync", 0): Interruption.FAIL}
