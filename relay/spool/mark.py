@@ -75,6 +75,15 @@ class SpoolMark:
         self.learn(mark)
         return mark
 
+    def cover(self, engine: Engine) -> None:
+        """Raise the mark, and make sure that the spool keeps it: from now on a database is noticed
+        that lacks what is committed. Raises as `advance`, and OSError if the file cannot be
+        written."""
+        mark = self.advance(engine)
+        with self._lock:
+            self._write(mark)
+        self._directory.sync()  # another process may have written it, and not synced its name yet
+
     def learn(self, mark: int) -> None:
         """A mark that the database had; the spool keeps the highest."""
         with self._lock:

@@ -12,6 +12,9 @@ What must stay true:
   between leaves a row without a file, which the next turn removes;
 - a copy is synced under its name before any row points to it, and a row moves only if it still
   points to the old place; the old segment is looked at afresh before it goes;
+- the mark of the spool rises, and is on the disk, before a segment goes whose bodies may have been
+  moved: a restored database that has the old places must be noticed (`relay.spool.mark`), and the
+  copy, to which no row of it points, must not be taken for a leftover;
 - a segment that declares a batch void outlives the segment of that batch.
 """
 
@@ -39,6 +42,7 @@ from relay.spool.journal.format import (
     decode_record,
 )
 from relay.spool.journal.scan import first_void, read_header, scan_ids
+from relay.spool.mark import SpoolMark
 
 log = get_logger(__name__)
 LOOKS = 64  # segments in a turn
@@ -112,10 +116,12 @@ class SegmentStore:
         self._engine, self._directory, self._spool = engine, directory, spool
         self._retention = retention
         self._queries = Queries(engine, __name__)
+        self._moves_covered = False  # in this turn
 
     def turn(self) -> CleaningTurn:
         """Look at the segments that are due. Raises OSError and the database's errors; the next
         turn goes on."""
+        self._moves_covered = False
         removed, sparse = 0, dict[str, list[LiveBody]]()
         for due in self._due():
             if self._all_finished(due):
@@ -125,6 +131,7 @@ class SegmentStore:
                 needed = self._needed(due.id, file) if file else []
                 size = file.size() if file else 0
             if not needed:
+                self._cover_moves()
                 removed += self._remove(due.id)
                 continue
             live = sum(body.size for body in needed)
@@ -211,6 +218,13 @@ class SegmentStore:
             self._queries.run(
                 connection, "looked_at", segment=dashed(segment), live=live, sparse=sparse
             )
+
+    def _cover_moves(self) -> None:
+        """A segment whose messages all have their rows, and here, goes without it: also when the
+        disk is so full that the mark cannot be written."""
+        if not self._moves_covered:
+            SpoolMark(self._directory, self._spool).cover(self._engine)
+            self._moves_covered = True
 
     def _remove(self, segment: str) -> bool:
         """Remove a segment, unless it declares a batch void whose segment is still there."""

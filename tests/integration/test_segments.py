@@ -1,7 +1,9 @@
 """Removal and compaction of segments, on both databases: nothing that is needed goes, and nothing
 else stays."""
 
+import errno
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,11 @@ import pytest
 from relay.queue.accept import Acceptor
 from relay.queue.outcome import Outcome
 from relay.spool.journal.copying import write_copy
-from relay.spool.journal.directory import ADOPTED, COPY, OWNED, JournalDirectory
+from relay.spool.journal.directory import ADOPTED, COPY, MARK, OWNED, JournalDirectory
 from relay.spool.journal.format import JournalRecord, Place, VoidedBatch, encode_void
 from relay.spool.journal.reader import JournalReader, WrongBody
 from relay.spool.journal.supply import make_segment
+from relay.spool.mark import SpoolMark
 from relay.spool.segments import CleaningTurn, SegmentStore
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness
@@ -153,6 +156,33 @@ def test_one_message_in_a_thousand_that_is_deferred_costs_no_more_than_its_share
     harness.pass_time(1000)
     assert harness.store.turn() == CleaningTurn(removed=1)
     assert (harness.files(), harness.rows()) == ([], 0)
+
+
+def test_the_mark_is_on_the_disk_before_a_segment_goes_whose_bodies_were_moved(
+    harness: SegmentHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database of a moment ago has the old places. It must be noticed, or the mail is lost: no
+    row of it points to the copy."""
+    needed, *others = harness.seal(20)
+    harness.finish(*others)
+    for turn in (CleaningTurn(), CleaningTurn(copied=1)):
+        harness.pass_time(1000)
+        assert harness.store.turn() == turn
+    with monkeypatch.context() as full:
+
+        def refuse(_mark: SpoolMark, _number: int) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+        full.setattr(SpoolMark, "_write", refuse)
+        with suppress(OSError):
+            harness.store.turn()
+    assert len(harness.files()) == 2
+    calls = told_calls(monkeypatch)
+    harness.pass_time(1000)
+    assert harness.store.turn() == CleaningTurn(removed=1)
+    assert calls[:4] == ["write", "sync", f"rename to {MARK}", "sync names"]
+    assert calls[-2:] == [f"unlink {COPY}", "sync names"]
+    assert harness.read(needed) == harness.body(0)
 
 
 def test_a_message_that_moved_meanwhile_stays_at_its_new_place(harness: SegmentHarness) -> None:
