@@ -33,7 +33,7 @@ from reception.replay import (
     to_replay,
 )
 from reception.spooler_protocol import Lag
-from relay.db.engine import is_outage
+from relay.db.engine import DatabaseFileError, is_outage
 from relay.hint_entry import EARLY_COMMIT
 from relay.log import first_line, get_logger
 from relay.queue.accept import Acceptor, EncodedMessage, PositionMoved
@@ -143,10 +143,11 @@ class JournalCommitter:
         self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
         self._thread.start()
 
-    @property
-    def replies_wait(self) -> bool:
-        """Whether some reply waits for rows."""
-        return bool(self._unreplied)
+    def waits_since(self) -> float | None:
+        """When the batch was written whose reply has waited for rows the longest (monotonic); None
+        if no reply waits."""
+        with self._changed:
+            return self._unreplied[0].written if self._unreplied else None
 
     def lag(self) -> Lag:
         """What has no rows yet."""
@@ -223,10 +224,13 @@ class JournalCommitter:
             self._release(segment)
 
     def _run(self) -> None:
-        self._count_backlog()
-        pause = _PAUSE
+        pause, learned = _PAUSE, False
         while True:
             try:
+                if not learned:  # before the first connection, which the mark may refuse
+                    self._mark.learn_from_journal(unsealed=True)
+                    self._count_backlog()
+                    learned = True
                 if not self._turn():
                     return
                 pause = _PAUSE
@@ -234,7 +238,7 @@ class JournalCommitter:
                 if not is_outage(error):
                     log.exception("committer failed")
                 elif pause == _PAUSE:
-                    log.error("database away", reason=first_line(error))
+                    _log_outage(error)
                 with self._changed:
                     if self._closing:
                         return
@@ -451,14 +455,16 @@ class JournalCommitter:
             return
         if adopted:
             self._mark.advance(self._engine)  # raises if the database was restored meanwhile
+        taken: list[OpenSegment] = []
         for one in adopted:
             try:
-                self._take_over(one, voided_from(voids, one.header.segment))
+                taken += self._taken_over(one, voided_from(voids, one.header.segment))
             except OSError as error:
                 name = one.header.segment + ADOPTED
                 log.error("segment unreadable", name=name, reason=str(error))
                 one.file.close()
-        with self._changed:
+        with self._changed:  # in one step, so that no message counts twice for the limit
+            self._segments |= {segment.id: segment for segment in taken}
             self._backlog = Backlog()
 
     def _release_kept(self) -> None:
@@ -468,19 +474,28 @@ class JournalCommitter:
             if segment.look_at and (segment.look_at <= now or segment.file.unlinked()):
                 self._release(segment)
 
-    def _take_over(self, adopted: AdoptedSegment, void_from: float) -> None:
+    def _taken_over(self, adopted: AdoptedSegment, void_from: float) -> Sequence[OpenSegment]:
+        """An adopted segment with what of it has no rows, if it is to be replayed here."""
         header, file = adopted.header, adopted.file
         if header.spool != self._spool:
             log.error("segment of another spool", segment=header.segment, spool=header.spool)
             file.close()
-            return
+            return ()
         segment = to_replay(self._acceptor, adopted, void_from)
         if segment is None:
             file.close()
-            return
+            return ()
         log.info("segment adopted", segment=segment.id, messages=segment.pending)
         if segment.tail is not None:
             log_damage(segment.id, segment.tail)
-        with self._changed:
-            self._damages += segment.tail is not None
-            self._segments[segment.id] = segment
+            with self._changed:
+                self._damages += 1
+        return (segment,)
+
+
+def _log_outage(error: Exception) -> None:
+    """Log what is away: the spool, if it is an error of a file that is not the database's."""
+    if isinstance(error, OSError) and not isinstance(error, DatabaseFileError):
+        log.error("spool away", reason=first_line(error))
+    else:
+        log.error("database away", reason=first_line(error))

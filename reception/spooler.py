@@ -54,6 +54,8 @@ RECEIVE = 1 << 16
 REPLY_LAG = 1024  # messages
 REPLY_WAIT = 1.0
 """Seconds that a reply waits for the rows of its message."""
+LAG_INTERVAL = 1.0
+"""Seconds after which smtpd is told what has no rows, if no reply has told it that nothing has."""
 DRAIN = 5.0
 """Seconds for the rows of the last messages when smtpd stops."""
 
@@ -82,7 +84,6 @@ class Spooler:
         self._limit, self._reply_lag, self._mark = limit, reply_lag, mark
         directory = JournalDirectory(spool.handle)
         directory.make()
-        mark.learn_from_journal(unsealed=True)
         self._supply = SegmentSupply(directory, spool.identity, size=segment_size)
         self._writer = JournalWriter(
             directory, self._supply, on_retired=self._retire, segment_size=segment_size
@@ -95,8 +96,12 @@ class Spooler:
         self._octets = 0  # of these
         self._max_octets = min(MAX_BATCH_OCTETS, segment_size // 4)
         self._sending = threading.Lock()
+        self._told = Lag()  # by the last reply
+        self._tell_at = 0.0
         self._readable = select.poll()
         self._readable.register(channel, select.POLLIN)
+        self._writable = select.poll()
+        self._writable.register(channel, select.POLLOUT)
 
     def run(self) -> None:
         """Serves until smtpd closes its end."""
@@ -107,6 +112,7 @@ class Spooler:
                 if batch := self._next_batch():
                     self._store(batch)
                 self._answer(self._committer.overdue(time.monotonic() - REPLY_WAIT))
+                self._tell_lag()
         finally:
             self._writer.retire()
             self._committer.close(DRAIN)
@@ -120,13 +126,11 @@ class Spooler:
         self._committer.retire(segment, orderly=orderly)
 
     def _read(self) -> bool:
-        """Reads the requests that have arrived; waits for one if there are none, or until a reply
-        is due. False at the end."""
+        """Reads the requests that have arrived; waits for one if there are none, or until something
+        is due without one. False at the end."""
         while len(self._requests) < MAX_BATCH and self._octets < self._max_octets:
-            timeout: float | None = 0.0
-            if not self._requests:
-                timeout = REPLY_WAIT / 4 * 1000 if self._committer.replies_wait else None
-            if not self._readable.poll(timeout):
+            timeout = 0.0 if self._requests else self.next_due() - time.monotonic()
+            if not self._readable.poll(max(0.0, timeout * 1000)):
                 break
             try:
                 data = self._channel.recv(RECEIVE)
@@ -140,6 +144,11 @@ class Spooler:
             if len(data) < RECEIVE:  # no more is there
                 break
         return True
+
+    def next_due(self) -> float:
+        """When the next reply to a message is due, or the next one that tells the lag."""
+        since = self._committer.waits_since()
+        return self._tell_at if since is None else min(self._tell_at, since + REPLY_WAIT)
 
     def _next_batch(self) -> list[StoreRequest]:
         """Takes the requests of one batch, which fits a segment; at least one if there is one."""
@@ -201,6 +210,18 @@ class Spooler:
         elif not self._committer.put(batch, wait=True):
             self._answer([batch])
 
+    def _tell_lag(self) -> None:
+        """Tells smtpd each second what has no rows, and once that nothing is left: without mail and
+        without a database no other reply does."""
+        now = time.monotonic()
+        if now < self._tell_at:
+            return
+        self._tell_at = now + LAG_INTERVAL
+        lag = self.lag()
+        # A smtpd that is stopped reads nothing, and must not stop this process for such a reply.
+        if (lag.messages or lag != self._told) and self._writable.poll(0):
+            self._reply([], lag=lag)
+
     def _answer(self, batches: Sequence[WrittenBatch]) -> None:
         if batches:
             self._reply([(number, None) for batch in batches for number in batch.numbers])
@@ -226,6 +247,7 @@ class Spooler:
         reply = SpoolerReply(results, ids or {}, count, seconds, lag or self.lag(), early)
         # smtpd may have ended; the next read ends this process.
         with self._sending, suppress(OSError):
+            self._told = reply.lag
             self._channel.sendall(frame(reply))
 
 

@@ -64,7 +64,8 @@ class Lag(NamedTuple):
 class SpoolerReply(NamedTuple):
     """`results` by the requests' numbers (None: stored), and the ids by route of messages that
     workers may look for. `early`: their rows are only being made; else so many `messages` have just
-    been committed, in so many `seconds`. The first reply of a spooler is empty: it has started."""
+    been committed, in so many `seconds`. The first reply of a spooler is empty: it has started.
+    Later empty ones tell the lag, each second while it is not 0."""
 
     results: list[tuple[int, StoreFault | None]]
     ids: dict[str, list[str]]

@@ -44,6 +44,14 @@ class BodyIo:
         opening = self._loop.run_in_executor(self._threads, self._open_all, claims, cached)
         opening.add_done_callback(lambda future: opened(future.result()))
 
+    async def disk_reads(self) -> bool:
+        """Whether the disk of the spool can be read."""
+        try:
+            await self._loop.run_in_executor(self._threads, self._spool.check_disk)
+        except OSError:
+            return False
+        return True
+
     def remove(self, queue_id: str) -> None:
         """Remove a body file that no delivery needs."""
         self._deletable.append(queue_id)

@@ -1,9 +1,10 @@
 """Remembers which bodies did not verify, because one look proves too little to stop a message.
 
-Memory, a cable or a network file system can give wrong octets once. So a delivery whose body does
-not verify is deferred for RECHECK seconds, and held only if the body at the same place does not
-verify then either. Each worker trusts its own look: with many workers a damaged body may be read a
-few times more. Belongs to the engine's loop.
+Memory, a cable or a network file system can give wrong octets once, and a disk may fail to read a
+place for a while. So a delivery whose body does not verify, or cannot be read, is deferred for
+RECHECK seconds, and held only if the body at the same place is no better then. Each worker trusts
+its own look: with many workers a damaged body may be read a few times more. Belongs to the engine's
+loop.
 """
 
 import time

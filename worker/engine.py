@@ -6,8 +6,8 @@ The road of a message: `offer` queues hints; `_poll` has the producer make claim
 
 What must stay true: all state belongs to the loop, and other threads call only `start`, `offer`,
 `poll_now` and `drain`; completions are committed before the renewal that follows them, so that a
-worker with a fresh lease has recorded what it did; a local fault (an unreadable body, no sockets)
-pauses claiming and never counts against the mail.
+worker with a fresh lease has recorded what it did; a local fault (an unreadable disk, no sockets)
+pauses claiming and never counts against the mail; a body that alone cannot be read pauses nothing.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
-from qmqp.body import Body, BodyDamaged
+from qmqp.body import Body, BodyDamaged, BodyFault
 from relay import metrics
 from relay.db.group_commit import CommitThread
 from relay.log import first_line, get_logger
@@ -35,6 +35,7 @@ from relay.routes import Route, Routes
 from relay.runtime import new_loop
 from relay.settings import WorkerSettings
 from relay.spool.bodies import Bodies, BodyMisplaced
+from relay.spool.journal.blockwise import UNREADABLE
 from relay.spool.journal.format import Place
 from relay.spool.store import BodyUnsendable, Spool
 from worker.body_io import BodyIo, Opened
@@ -266,7 +267,8 @@ class Engine:
             self._send(task)
 
     def _damaged(self, task: DeliveryTask, reason: str, place: Place | None) -> Completion:
-        """The body does not verify: read it again later, and hold the delivery the second time."""
+        """The body does not verify, or cannot be read: read it again later, and hold the delivery
+        the second time."""
         queue_id = task.claim.queue_id
         held = self._damaged_bodies.confirmed(queue_id, place)
         metrics.BODIES_DAMAGED.inc()
@@ -289,14 +291,25 @@ class Engine:
         except BodyDamaged as error:
             completion = self._damaged(task, str(error.strerror), task.claim.place)
         except OSError as error:
-            self._pause_claiming(task.claim, error)
-            completion = task.requeued()
+            completion = await self._faulted(task, error)
         except Exception:
             log.exception("delivery failed by a defect", id=task.claim.queue_id)
             completion = task.broken()
         del self._active[task]
         self._complete(task, completion)
         self._poll()
+
+    async def _faulted(self, task: DeliveryTask, error: OSError) -> Completion:
+        """An error of this machine while a message was sent."""
+        with suppress(asyncio.CancelledError):  # at the end of a drain nothing is decided
+            if (
+                isinstance(error, BodyFault)
+                and error.errno in UNREADABLE
+                and await self._bodies.disk_reads()
+            ):
+                return self._damaged(task, str(error.strerror), task.claim.place)
+            self._pause_claiming(task.claim, error)
+        return task.requeued()
 
     def _complete(self, task: DeliveryTask, completion: Completion) -> None:
         """Free the connection and have the outcome recorded."""

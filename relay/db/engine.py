@@ -45,6 +45,10 @@ class WrongSchema(Exception):
     """The database has no schema, or that of another version; the text says what to do."""
 
 
+class DatabaseFileError(OSError):
+    """The file of an SQLite database, or of its lock, is not there or cannot be opened."""
+
+
 class DatabaseError(Exception):
     """The database cannot be used; the text says why and what to do."""
 
@@ -153,14 +157,17 @@ def _prepare_sqlite(connection: sqlite3.Connection, record: Any) -> None:
 
 def _check_file(_connection: sqlite3.Connection, record: Any, _proxy: Any) -> None:
     """Open the file again if another one has its name: a backup was put there, and what is written
-    to the old file is lost. Raises OSError without a file, which is an outage."""
+    to the old file is lost. Raises DatabaseFileError without a file, which is an outage."""
     path, file = record.info["file"]
     if _file_at(path) != file:
         raise DisconnectionError("another file has the name of the database")
 
 
 def _file_at(path: Path) -> tuple[int, int]:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DatabaseFileError(error.errno, error.strerror, str(path)) from error
     return status.st_dev, status.st_ino
 
 
@@ -175,7 +182,11 @@ def write_lock(engine: Engine) -> Iterator[None]:
     if engine.dialect.name != "sqlite":
         yield
         return
-    lock = os.open(f"{engine.url.database}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    name = f"{engine.url.database}.lock"
+    try:
+        lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DatabaseFileError(error.errno, error.strerror, name) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

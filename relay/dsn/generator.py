@@ -37,7 +37,7 @@ from relay.queue.outcome import Outcome
 from relay.queue.split import can_carry
 from relay.queue.states import ReasonSource
 from relay.settings import Settings, unauthorized_pattern
-from relay.spool.bodies import Bodies
+from relay.spool.bodies import Bodies, BodyMisplaced
 from relay.spool.journal.format import Place
 from relay.spool.retention import deletable_bodies
 from relay.spool.store import BodyUnsendable, Spool
@@ -314,7 +314,9 @@ class DsnGenerator:
             try:
                 with self._bodies.stream(failed.id, failed.size, failed.place) as body:
                     text = reduced(body.read(), failed.id, dsn_id, less)
-            except BodyUnsendable as error:  # an error of the disk is raised, and tried again later
+            except BodyMisplaced:  # the disk cannot read it now, so this DSN is tried again later
+                raise
+            except BodyUnsendable as error:
                 log.warning("rejected dsn not readable", id=failed.id, reason=str(error))
         if text is None or less is None:
             log.error("dsn given up", id=failed.id, about=about, reply=failure.reply)

@@ -6,8 +6,10 @@ it is read. A body that is not at its place may have been moved by compaction, o
 have been renamed: then the segment is opened again, the row is asked for the place that it has now,
 and the body is read again.
 
+A place that the disk cannot read counts as damaged, if the disk can be read elsewhere.
+
 What must stay true: a body that does not verify is never returned; a fault of the spool (another
-directory, an error of the disk) is an OSError and never a fault of the body.
+directory, an error of the whole disk) is an OSError and never a fault of the body.
 """
 
 import io
@@ -17,10 +19,11 @@ from typing import BinaryIO
 
 from sqlalchemy import Engine
 
-from qmqp.body import Body, BodyChanged, BodyDamaged, BodyFile, BodyReader
+from qmqp.body import Body, BodyChanged, BodyDamaged, BodyFault, BodyFile, BodyReader
 from relay.db.engine import reading
 from relay.db.sql import Queries
 from relay.ids import dashed
+from relay.spool.journal.blockwise import UNREADABLE
 from relay.spool.journal.format import Place
 from relay.spool.journal.reader import WrongBody
 from relay.spool.store import BodyUnsendable, Spool
@@ -29,10 +32,10 @@ _BLOCK = 1 << 20
 
 
 class BodyMisplaced(BodyUnsendable):
-    """The body does not verify at `place`, which is what the row says now. It may be a fault of
-    this machine that passes."""
+    """The body does not verify at `place`, which is what the row says now (None: in its file), or
+    the disk cannot read it there. It may be a fault of this machine that passes."""
 
-    def __init__(self, reason: str, place: Place) -> None:
+    def __init__(self, reason: str, place: Place | None) -> None:
         super().__init__(reason)
         self.place = place
 
@@ -54,17 +57,34 @@ class Bodies:
         """The body. Blocks. Raises BodyUnsendable, the database's errors, and OSError if the fault
         is not the body's."""
         if place is None:
-            return self._spool.open(queue_id, size)
+            try:
+                return self._spool.open(queue_id, size)
+            except OSError as error:
+                raise self._fault(error, None) from None
         try:
             return self._spool.segments.read(place, size)
         except WrongBody:
             self._spool.check()
+        except OSError as error:
+            if error.errno not in UNREADABLE:
+                raise
         self._spool.segments.reopen(place.segment)
         place = self.place_of(queue_id) or place
         try:
             return self._spool.segments.read(place, size)
         except WrongBody as error:
             raise BodyMisplaced(str(error), place) from None
+        except OSError as error:
+            raise self._fault(error, place) from None
+
+    def _fault(self, error: OSError, place: Place | None) -> Exception:
+        """What an error of a read says: that the place of the body is at fault, or, as this error
+        does, that the spool is. Raises OSError if its whole disk is."""
+        if error.errno not in UNREADABLE:
+            return error
+        self._spool.check_disk()
+        where = f"at {place.position} of segment {place.segment}" if place else "in its file"
+        return BodyMisplaced(f"the disk cannot read the body {where}", place)
 
     def stream(self, queue_id: str, size: int, place: Place | None) -> BinaryIO:
         """The body as a file to read, which the caller closes. Raises as `open`."""
@@ -86,6 +106,8 @@ class Bodies:
                 reader.read()
         except (BodyChanged, BodyDamaged) as error:
             raise BodyUnsendable(error.strerror) from None
+        except BodyFault as error:
+            raise self._fault(error, place) from None
         finally:
             body.close()
 

@@ -14,6 +14,9 @@ What must stay true:
   between leaves a row without a file, which the next turn removes;
 - a copy is synced under its name before any row points to it, and a row moves only if it still
   points to the old place; the old segment is looked at afresh before it goes;
+- the mark of the spool rises, and is on the disk, before a segment goes whose bodies may have been
+  moved: a restored database that has the old places must be noticed (`relay.spool.mark`), and the
+  copy, to which no row of it points, must not be taken for a leftover;
 - a segment that declares a batch void outlives the segment of that batch;
 - a segment that fails, or waits, does not keep the others from their turn.
 """
@@ -44,6 +47,7 @@ from relay.spool.journal.format import (
     decode_record,
 )
 from relay.spool.journal.scan import first_void, scan_shares
+from relay.spool.mark import SpoolMark
 
 log = get_logger(__name__)
 LOOKS = 64  # segments in a turn
@@ -142,10 +146,12 @@ class SegmentStore:
         self._engine, self._directory, self._spool = engine, directory, spool
         self._retention = retention
         self._queries = Queries(engine, __name__, longest=LONGEST)
+        self._moves_covered = False  # in this turn
 
     def turn(self) -> CleaningTurn:
         """Look at the segments that are due. One that fails is logged, and a later turn looks at it
         again. Raises the database's errors, and OSError if no copy can be written."""
+        self._moves_covered = False
         removed, selection, due = 0, _Selection(), self._due()
         # Those of due segments were declared before: a segment is sealed after its last write.
         voids = voided_batches(self._directory) if due else set()
@@ -206,6 +212,7 @@ class SegmentStore:
             needed = self._needed(due.id, file, voids) if file else []
             size = file.size() if file else 0
         if not needed:
+            self._cover_moves()
             return self._remove(due.id)
         live = sum(record.share for record in needed)
         sparse = live < SPARSE * size
@@ -267,6 +274,13 @@ class SegmentStore:
             ids = json.dumps([dashed(segment) for segment in segments])
             with writing(self._engine) as connection:
                 self._queries.run(connection, statement, ids=ids)
+
+    def _cover_moves(self) -> None:
+        """A segment whose messages all have their rows, and here, goes without it: also when the
+        disk is so full that the mark cannot be written."""
+        if not self._moves_covered:
+            SpoolMark(self._directory, self._spool).cover(self._engine)
+            self._moves_covered = True
 
     def _remove(self, segment: str) -> bool:
         """Remove a segment, unless it declares a batch void whose segment is still there."""

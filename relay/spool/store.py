@@ -281,6 +281,18 @@ class Spool:
         """Raise OSError unless this is the right spool and its path leads to it."""
         self._check_identity(self.checked_handle())
 
+    def check_disk(self) -> None:
+        """Raise OSError unless the disk of the right spool can be read: an error of one body then
+        belongs to its place, and not to the disk."""
+        self.check()
+        handle = os.open(_IDENTITY, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.handle)
+        try:
+            # The page cache would answer without the disk.
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.pread(handle, 100, 0)
+        finally:
+            os.close(handle)
+
     def _open(self, queue_id: str, size: int) -> BodyFile:
         for name in self._names(queue_id):
             try:

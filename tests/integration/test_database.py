@@ -21,6 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from relay.db import engine as database
 from relay.db.engine import (
     DatabaseError,
+    DatabaseFileError,
     check_durable,
     check_schema,
     connect,
@@ -371,7 +372,7 @@ def test_an_sqlite_file_that_was_replaced_is_opened_again(sqlite_url: str) -> No
     with reading(engine) as connection:
         assert connection.execute(text("SELECT count(*) FROM spool")).scalar() == 1
     path.rename(backup)
-    with pytest.raises(OSError) as raised, reading(engine):
+    with pytest.raises(DatabaseFileError, match=str(path)) as raised, reading(engine):
         pass
     assert is_outage(raised.value)
     assert not path.exists(), "no empty database takes its place"

@@ -649,8 +649,9 @@ def test_refused_dsn_without_a_body_is_given_up(
     assert capsys.readouterr().out.count("dsn given up") == 1
 
 
+@pytest.mark.parametrize("whole_disk", [False, True])
 def test_disk_error_leaves_the_refused_dsn_pending(
-    harness: DsnHarness, monkeypatch: pytest.MonkeyPatch
+    harness: DsnHarness, monkeypatch: pytest.MonkeyPatch, whole_disk: bool
 ) -> None:
     harness.fail(harness.accept())
     (dsn,) = harness.generator.generate(10)
@@ -661,8 +662,12 @@ def test_disk_error_leaves_the_refused_dsn_pending(
 
     with monkeypatch.context() as patched:
         patched.setattr(Spool, "open", fails)
-        with pytest.raises(OSError, match="Input/output"):
-            harness.generator.generate(10)
+        if whole_disk:
+            patched.setattr(Spool, "check_disk", fails)
+            with pytest.raises(OSError, match="Input/output"):
+                harness.generator.generate(10)
+        else:  # the other DSNs do not wait
+            assert harness.generator.generate(10) == []
     assert harness.pending(dsn)
     assert len(harness.another().generate(10)) == 1
 

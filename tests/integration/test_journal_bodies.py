@@ -22,9 +22,11 @@ from relay.queue.outcome import Outcome
 from relay.queue.states import State
 from relay.spool.bodies import Bodies, BodyMisplaced
 from relay.spool.journal.directory import ADOPTED, JournalDirectory
+from relay.spool.journal.format import BLOCK
 from relay.spool.mark import SpoolMark
 from relay.spool.store import BodyUnsendable, Spool
 from relay.spool.trailer import FIXED_SIZE
+from tests.bad_places import BadPlaces
 from tests.integration.harness import BODY
 from tests.integration.journal_harness import JournalWorkerHarness
 from tests.waiting import until
@@ -338,7 +340,77 @@ def test_fault_of_the_disk_is_not_the_mails(
     assert [outcome for _, outcome in mail.attempts(queue_id)] == ["delivered"]
 
 
+def test_body_that_the_disk_cannot_read_is_held_and_delays_no_other(
+    mail: JournalWorkerHarness,
+    sink: Sink,
+    quick_recheck: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bad, good = mail.accept_all(b"b" * BLOCK, b"good")
+    position = mail.place(bad).position
+    BadPlaces(monkeypatch).add(mail.segment_path(bad), position, position + 1)
+    with mail.working() as running:
+        until(lambda: swept(mail, bad, good) == ["held", "delivered"])
+        assert running.offer(mail.accept_all(b"after")).wait(10)
+        until(lambda: sink.count == 2)
+    row = mail.delivery(bad)
+    assert (row["last_outcome"], row["reason_source"], row["claim_count"]) == (
+        "unsendable",
+        "relay",
+        2,
+    )
+    assert row["last_reply"].startswith("the disk cannot read the body at ")
+
+
+def test_body_that_can_be_read_again_is_sent(
+    mail: JournalWorkerHarness, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue_id = mail.accept_one()
+    position, disk = mail.place(queue_id).position, BadPlaces(monkeypatch)
+    disk.add(mail.segment_path(queue_id), position, position + 1)
+    with mail.working():
+        until(lambda: mail.state(queue_id) == "deferred")
+        disk.heal()
+        mail.pass_time(100)
+        mail.rescuer.requeue_due(10)
+        until(lambda: mail.state(queue_id) == "delivered")
+
+
+def test_body_that_was_copied_from_a_bad_place_is_sent(
+    mail: JournalWorkerHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The claim still has the old place."""
+    queue_id = mail.accept_one()
+    place = mail.place(queue_id)
+    BadPlaces(monkeypatch).add(mail.segment_path(queue_id), place.position, place.position + 1)
+    mail.move(queue_id, unlink=False)
+    assert bodies(mail).open(queue_id, len(BODY), place) == BODY
+
+
 # Large bodies
+
+
+def test_large_body_with_a_bad_place_is_held_and_delays_no_other(
+    mail: JournalWorkerHarness, quick_recheck: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The place is met while the body is sent. Nothing is mapped at the beginning of that file."""
+    bad, good = mail.accept(body=b"x" * LARGE), mail.accept(body=b"y" * LARGE)
+    opens = mail.spool.open
+
+    def opened(queue_id: str, size: int) -> BodyFile:
+        body = opens(queue_id, size)
+        if queue_id == bad:
+            unreadable = os.open("/proc/self/mem", os.O_RDONLY)
+            os.dup2(unreadable, body.fd)
+            os.close(unreadable)
+        return body
+
+    monkeypatch.setattr(mail.spool, "open", opened)
+    with pytest.raises(BodyMisplaced, match="cannot read the body in its file"):
+        bodies(mail).verify(bad, LARGE, None)
+    with mail.working():
+        until(lambda: swept(mail, bad, good) == ["held", "delivered"])
+    assert "cannot be read" in mail.delivery(bad)["last_reply"]
 
 
 def test_damaged_large_body_closes_before_the_commit_point(
@@ -421,6 +493,25 @@ def test_each_second_with_outcomes_raises_the_mark(
         assert mark.known == begun + 2, "the last outcomes of a worker that stops"
         keeper.finish()
         assert mark.known == begun + 2
+
+
+def test_a_database_that_is_overwritten_under_connections_is_noticed_without_outcomes(
+    mail: JournalWorkerHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by `pg_restore --clean`: no connection breaks."""
+    monkeypatch.setattr(spool_keeper, "IDLE_INTERVAL", 1e9)
+    mark = SpoolMark(mail.directory, mail.spool.identity)
+    mark.guard(mail.database)
+    mail.database.dispose()
+    keeper = SpoolKeeper(mail.database, mail.spool, mark, lambda: 0)
+    worker, queue_id = mail.register_worker(), mail.accept_one()
+    keeper.turn()
+    mark.advance(mail.database)
+    keeper.turn()
+    mail.change("UPDATE spool SET mark = 1")
+    keeper.turn()
+    with pytest.raises(OlderDatabase, match="fsck --rebuild"):
+        mail.claim(queue_id, worker=worker)
 
 
 def test_an_outage_delays_the_mark_and_loses_no_outcome(

@@ -4,7 +4,7 @@ else stays."""
 import errno
 import os
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from relay.ids import new_id
 from relay.queue.accept import Acceptor
 from relay.queue.outcome import Outcome
 from relay.spool.journal.copying import SegmentCopy, write_copy
-from relay.spool.journal.directory import ADOPTED, COPY, OWNED, JournalDirectory, SegmentFile
+from relay.spool.journal.directory import ADOPTED, COPY, MARK, OWNED, JournalDirectory, SegmentFile
 from relay.spool.journal.format import BLOCK, JournalRecord, Place, VoidedBatch, encode_void
 from relay.spool.journal.reader import JournalReader, WrongBody
 from relay.spool.journal.supply import make_segment
+from relay.spool.mark import SpoolMark
 from relay.spool.segments import CleaningTurn, SegmentStore
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness
@@ -298,6 +299,33 @@ def test_segments_that_wait_do_not_keep_those_that_are_finished(
         harness.pass_time(1000)
         turns.append(harness.store.turn())
     assert sorted(turns) == [CleaningTurn(), CleaningTurn(), CleaningTurn(removed=1)]
+
+
+def test_the_mark_is_on_the_disk_before_a_segment_goes_whose_bodies_were_moved(
+    harness: SegmentHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database of a moment ago has the old places. It must be noticed, or the mail is lost: no
+    row of it points to the copy."""
+    needed, *others = harness.seal(20)
+    harness.finish(*others)
+    for turn in (CleaningTurn(), CleaningTurn(copied=1)):
+        harness.pass_time(1000)
+        assert harness.store.turn() == turn
+    with monkeypatch.context() as full:
+
+        def refuse(_mark: SpoolMark, _number: int) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+        full.setattr(SpoolMark, "_write", refuse)
+        with suppress(OSError):
+            harness.store.turn()
+    assert len(harness.files()) == 2
+    calls = told_calls(monkeypatch)
+    harness.pass_time(1000)
+    assert harness.store.turn() == CleaningTurn(removed=1)
+    assert calls[:4] == ["write", "sync", f"rename to {MARK}", "sync names"]
+    assert calls[-2:] == [f"unlink {COPY}", "sync names"]
+    assert harness.read(needed) == harness.body(0)
 
 
 def test_a_message_that_moved_meanwhile_stays_at_its_new_place(harness: SegmentHarness) -> None:

@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from sqlalchemy.exc import OperationalError
 import reception.committer
 import reception.replay
 import reception.spooler
-from reception.replay import Chunk, read_chunk
+from reception.replay import Chunk, OpenSegment, read_chunk, to_replay
 from reception.spooler import Spooler
 from reception.spooler_protocol import (
     FrameDecoder,
@@ -27,7 +27,7 @@ from reception.spooler_protocol import (
     StoreRequest,
     frame,
 )
-from relay.db.engine import OlderDatabase
+from relay.db.engine import DatabaseFileError, OlderDatabase
 from relay.ids import new_id
 from relay.queue.accept import Acceptor, EncodedMessage, PositionMoved, SegmentSpan, encode
 from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory, SegmentFile
@@ -51,19 +51,23 @@ class GatedAcceptor(Acceptor):
         self.gate.set()
         self.fault: Exception | None = None
         self.batches: list[int] = []
+        self.announced: list[str | None] = []
 
     def sealed_segments(self) -> set[str]:
         if self.fault is not None:
             raise self.fault
         return super().sealed_segments()
 
-    def commit(self, messages: Any, span: SegmentSpan, *, age: float = 0.0) -> None:
+    def commit(
+        self, messages: Any, span: SegmentSpan, *, age: float = 0.0, announced: str | None = None
+    ) -> None:
         self.entered.set()
         assert self.gate.wait(20)
         if self.fault is not None:
             raise self.fault
-        super().commit(messages, span, age=age)
+        super().commit(messages, span, age=age, announced=announced)
         self.batches.append(len(messages))
+        self.announced.append(announced)
 
 
 class SpoolerHarness:
@@ -220,6 +224,7 @@ def test_the_hint_of_a_lone_message_comes_with_its_reply(
     (committed,) = [reply for reply in harness.replies if reply.messages]
     assert (stored.early, stored.ids) == (True, {"default": [request.queue_id]})
     assert (committed.early, committed.ids) == (False, {})
+    assert harness.acceptor.announced == [request.queue_id]
 
 
 def test_an_early_hint_is_repeated_when_the_rows_come_late(
@@ -420,6 +425,123 @@ def test_without_a_database_the_mail_of_earlier_spoolers_counts_for_the_limit(
         assert third.result(third.request()) is None
 
 
+def test_without_mail_and_without_a_database_the_lag_is_told(
+    queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start of a spooler that finds mail without rows too."""
+    monkeypatch.setattr(reception.spooler, "LAG_INTERVAL", 0.02)
+    first = SpoolerHarness(queue, bound, fault=outage())
+    requests = [first.request() for _ in range(3)]
+    assert [first.result(request) for request in requests] == [None] * 3
+    wait_for_lag(first, lambda lag: lag.messages == 3 and lag.seconds > 0.1)
+    first.finish()
+    with spooler(queue, bound, fault=outage()) as second:
+        wait_for_lag(second, lambda lag: lag.messages == 3 and lag.seconds > 0.2)
+        assert second.results() == {}
+        second.acceptor.fault = None
+        wait_for_lag(second, lambda lag: lag == Lag())
+
+
+def test_a_lag_that_ends_without_a_commit_is_told_as_0(
+    queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier spooler left had its rows."""
+    monkeypatch.setattr(reception.spooler, "LAG_INTERVAL", 0.02)
+    with spooler(queue, bound) as harness:
+        monkeypatch.setattr(harness.spooler, "lag", lambda: Lag(2, 300, 4.0))
+        wait_for_lag(harness, lambda lag: lag.messages == 2)
+        monkeypatch.setattr(harness.spooler, "lag", Lag)
+        wait_for_lag(harness, lambda lag: lag == Lag())
+
+
+def test_a_stopped_smtpd_does_not_stop_the_spooler(
+    queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not read the replies that tell the lag."""
+    monkeypatch.setattr(reception.spooler, "LAG_INTERVAL", 0.0)
+    with spooler(queue, bound) as harness:
+        harness.theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        told = list[Lag]()
+
+        def lag() -> Lag:
+            told.append(Lag(1))
+            return Lag(1)
+
+        monkeypatch.setattr(harness.spooler, "lag", lag)
+        until(lambda: len(told) > 1000)
+        request = harness.request()
+        until(lambda: request.queue_id in places(queue))
+
+
+def wait_for_lag(harness: SpoolerHarness, condition: Callable[[Lag], bool]) -> None:
+    """Wait for a reply that tells such a lag."""
+    while not condition(Lag(*harness.replies[-1].lag)):
+        harness.receive()
+
+
+def test_mail_of_earlier_spoolers_counts_once_while_it_is_adopted(
+    queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else smtpd would reply 451 above half of the limit."""
+    for _ in range(3):
+        earlier = SpoolerHarness(queue, bound, fault=outage())
+        assert earlier.result(earlier.request()) is None
+        earlier.finish()
+    seen = list[int]()
+
+    def watched(*arguments: Any) -> OpenSegment | None:
+        seen.append(third.spooler.lag().messages)
+        return to_replay(*arguments)
+
+    monkeypatch.setattr(reception.committer, "to_replay", watched)
+    with spooler(queue, bound, fault=outage()) as third:
+        until(lambda: third.spooler.lag().messages == 3)
+        third.acceptor.gate.clear()
+        third.acceptor.fault = None
+        assert third.acceptor.entered.wait(20)
+        assert third.spooler.lag().messages == 3
+    assert seen == [3, 3, 3]
+
+
+def test_a_reply_is_due_exactly_when_its_wait_ends(
+    queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception.spooler, "LAG_INTERVAL", 1e6)
+    monkeypatch.setattr(reception.spooler, "REPLY_WAIT", 1e5)
+    with spooler(queue, bound, reply_lag=0) as harness:
+        until(lambda: harness.spooler.next_due() > time.monotonic() + 2e5)
+        harness.acceptor.gate.clear()
+        sent = time.monotonic()
+        request = harness.request()
+        assert harness.acceptor.entered.wait(20)
+        assert sent + 1e5 <= harness.spooler.next_due() <= time.monotonic() + 1e5
+        harness.acceptor.gate.set()
+        assert harness.result(request) is None
+
+
+@pytest.mark.parametrize(
+    ("fault", "event"),
+    [
+        (OSError(errno.EIO, os.strerror(errno.EIO)), "spool away"),
+        (DatabaseFileError(errno.ENOENT, os.strerror(errno.ENOENT)), "database away"),
+        (OperationalError("COMMIT", {}, ConnectionResetError()), "database away"),
+    ],
+    ids=["spool", "file of the database", "connection"],
+)
+def test_the_log_says_what_is_away(
+    queue: QueueHarness,
+    bound: Spool,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Exception,
+    event: str,
+) -> None:
+    events = list[str]()
+    monkeypatch.setattr(reception.committer.log, "error", lambda event, **_: events.append(event))
+    with spooler(queue, bound, fault=fault):
+        until(lambda: events)
+    assert events == [event]
+
+
 def test_messages_of_one_transaction_arrived_within_a_second(
     queue: QueueHarness, bound: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -477,7 +599,7 @@ def test_a_spooler_learns_the_mark_of_the_batches(queue: QueueHarness, bound: Sp
     first.finish()
     SpoolMark(JournalDirectory(bound.handle), bound.identity).learn(3)
     with spooler(queue, bound, fault=outage()) as second:
-        assert second.mark.known == 7
+        until(lambda: second.mark.known == 7)
 
 
 def mark_of(queue: QueueHarness) -> int:

@@ -183,13 +183,17 @@ def line(
     times: int,
 ) -> str:
     recorded = ", ".join(f"`{outcome}`" for _, outcome in tries) or "none"
-    assert delivery["state"] != "deferred" or delivery["last_outcome"] == "uncertain"
+    deferred = {
+        "uncertain": "again after UNCERTAIN_DELAY",
+        "unsendable": "read again in a minute; held if that fails too",
+    }
     following = {
         "queued": "any worker sends it",
         "delivered": "the body is removed",
         "held": "an operator decides",
-        "deferred": "again after UNCERTAIN_DELAY",
+        "deferred": deferred.get(delivery["last_outcome"]),
     }[delivery["state"]]
+    assert following
     assert times < 2 or "`uncertain`" in recorded, "no double is hidden"
     twice = {1: "no", 2: "yes", 0: "-"}[times]
     return f"| {fault} | {phase} | {recorded} | `{delivery['state']}` | {following} | {twice} |"
@@ -338,22 +342,34 @@ def with_files(mail: EngineHarness, sink: Sink) -> list[str]:
         # Nothing is mapped at the beginning of this file: EIO.
         return BodyFile(os.open("/proc/self/mem", os.O_RDONLY), size)
 
-    faults: list[tuple[int, str, Callable[[str, int], BodyFile]]] = [
-        (errno.EIO, "opening", unopened),
-        (errno.EMFILE, "opening", unopened),
-        (errno.EIO, "in the body", unreadable),
+    def dead() -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    whole = "the disk fails ({}); this worker claims nothing for a while"
+    place = "the disk cannot read the place of the body ({})"
+    faults: list[tuple[str, int, str, Callable[[str, int], BodyFile]]] = [
+        (whole, errno.EIO, "opening", unopened),
+        (whole, errno.EMFILE, "opening", unopened),
+        (whole, errno.EIO, "in the body", unreadable),
+        (place, errno.EIO, "opening", unopened),
+        (place, errno.EIO, "in the body", unreadable),
     ]
-    for code, where, failing in faults:
+    for what, code, where, failing in faults:
         queue_id, before = mail.accept(), sink.count
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(mail.spool, "open", failing)
+            if what is whole:
+                patch.setattr(mail.spool, "check_disk", dead)
             with mail.working():
-                delivery = until_it_is(mail, queue_id, "queued", claims=1)
+                state = "queued" if what is whole else "deferred"
+                delivery = until_it_is(mail, queue_id, state, claims=1)
                 tries = mail.attempts(queue_id)
                 patch.undo()
+                mail.pass_time(100)
+                mail.rescuer.requeue_due(10)
                 until_it_is(mail, queue_id, "delivered")
-        what = f"the disk fails ({errno.errorcode[code]}); this worker claims nothing for a while"
-        lines.append(line(what, where, tries, delivery, sink.count - before))
+        text = what.format(errno.errorcode[code])
+        lines.append(line(text, where, tries, delivery, sink.count - before))
     return lines
 
 
