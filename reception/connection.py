@@ -229,44 +229,7 @@ class MailConnection(asyncio.Protocol, ABC):
         if self._hooks is not None:
             self._describe(self._hooks.session)
         for event in events:
-            match event:
-                case MailStarted():
-                    receiver = self._server.receiver
-                    self.reception = Reception(
-                        receiver,
-                        event.envelope,
-                        session.client,
-                        self._reply,
-                        self._throttle,
-                        self._hooks,
-                    )
-                    self.restart_rate(time.monotonic())
-                case DataReceived() if self.reception is not None:
-                    self.reception.append(event.data)
-                    if self.reception.error:
-                        session.refuse_content()
-                case DataComplete() if self.reception is not None:
-                    self.reception.complete(event.header_message_id)
-                case TlsRequested():
-                    self._begin_handshake()
-                case CredentialsReceived(credentials):
-                    self._authenticate(credentials)
-                case HookQuestion() if self._hooks is not None:
-                    self._ask(event, self._hooks)
-                case TransactionEnded() if self._hooks is not None:
-                    self._hooks.end_transaction()
-                case Refusal(reply):
-                    self._cancel()
-                    if self._hooks is not None:
-                        self._hooks.tell("deny", session=self._hooks.session, reply=reply)
-                    metrics.refused(reply, self._door.name)
-                    log.info(
-                        "refused",
-                        door=self._door.name,
-                        client=self.client.address,
-                        code=int(reply[:3]),
-                        reason=reply[4:],
-                    )
+            self._act(event)
         replies = session.replies()
         if replies:
             self.transport.write(replies)
@@ -278,6 +241,50 @@ class MailConnection(asyncio.Protocol, ABC):
             self._refuse(STOPPING)
         else:
             self._continue()
+
+    def _act(self, event: Event) -> None:
+        """Acts on one event of the session."""
+        match event:
+            case MailStarted():
+                self.reception = Reception(
+                    self._server.receiver,
+                    event.envelope,
+                    self.session.client,
+                    self._reply,
+                    self._throttle,
+                    self._hooks,
+                )
+                self.restart_rate(time.monotonic())
+            case DataReceived() if self.reception is not None:
+                self.reception.append(event.data)
+                if self.reception.error:
+                    self.session.refuse_content()
+            case DataComplete() if self.reception is not None:
+                self.reception.complete(event.header_message_id)
+            case TlsRequested():
+                self._begin_handshake()
+            case CredentialsReceived(credentials):
+                self._authenticate(credentials)
+            case HookQuestion() if self._hooks is not None:
+                self._ask(event, self._hooks)
+            case TransactionEnded() if self._hooks is not None:
+                self._hooks.end_transaction()
+            case Refusal(reply):
+                self._cancel()
+                self._tell_refusal(reply)
+
+    def _tell_refusal(self, reply: str) -> None:
+        """Tells plugins, metrics and the log that the client was refused."""
+        if self._hooks is not None:
+            self._hooks.tell("deny", session=self._hooks.session, reply=reply)
+        metrics.refused(reply, self._door.name)
+        log.info(
+            "refused",
+            door=self._door.name,
+            client=self.client.address,
+            code=int(reply[:3]),
+            reason=reply[4:],
+        )
 
     def _reply(self, reply: str | None) -> None:
         """The reply to a message; None closes the connection without one."""

@@ -121,6 +121,11 @@ class Chunk:
         return any(damage.unreadable for damage in self.damages)
 
     @property
+    def announced(self) -> str | None:
+        """The id of a message that comes alone and whose hint is published."""
+        return self.hints[0][0] if self.hinted and len(self.hints) == 1 else None
+
+    @property
     def age(self) -> float:
         """How long ago it arrived, in seconds."""
         return min(MAX_AGE, max(0.0, time.monotonic() - self.arrived))
@@ -261,7 +266,7 @@ def commit_chunk(acceptor: Acceptor, directory: JournalDirectory, chunk: Chunk) 
     span = SegmentSpan(segment.id, chunk.start, chunk.end)
     _open_row(acceptor, directory, segment, chunk.start)
     try:
-        acceptor.commit(chunk.messages, span, age=chunk.age)
+        acceptor.commit(chunk.messages, span, age=chunk.age, announced=chunk.announced)
     except PositionMoved:
         raise
     except Exception as error:

@@ -18,20 +18,18 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from relay.spool.journal.directory import JournalDirectory, SegmentFile
+from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory, SegmentFile
 
 SECTOR = 512
 
 
 class Interruption(Enum):
-    """What happens at a step. SHORT: a write ends early (other calls fail). LOST is for databases:
-    the transaction is committed, and its client does not hear it."""
+    """What happens at a step. SHORT: a write ends early (other calls fail)."""
 
     FAIL = "fail"
     SHORT = "short"
     KILL = "kill"
     PAUSE = "pause"
-    LOST = "lost"
 
 
 type Plan = Mapping[tuple[str, int], Interruption]
@@ -49,10 +47,11 @@ CALLS = (
     "unlink",
     "names",
     "read",
+    "query",
     "transaction",
-    "mark",
+    "committed",
 )
-"""The names of the calls."""
+"""The names of the calls. The last three are those of the database (tests/journal_database.py)."""
 
 
 class PowerCut(Enum):
@@ -75,6 +74,7 @@ class SimulatedInode:
     disk: bytearray = field(default_factory=bytearray)
     dirty: set[int] = field(default_factory=set)
     links: int = 0
+    sealed: bool = False
     holder: "OpenFile | None" = None
 
     def write(self, octets: bytes, position: int) -> None:
@@ -106,6 +106,7 @@ class SimulatedInode:
                 self.reach_disk(sector, octets=chance.choice([0, 0, SECTOR, SECTOR, 100]))
         self.dirty.clear()
         self.cache = bytearray(self.disk)
+        self.sealed = False  # no sync makes it durable
         self.holder = None
 
 
@@ -133,7 +134,8 @@ class SimulatedProcess:
     plan: dict[tuple[str, int], Interruption] = field(default_factory=dict)
     steps: Counter[str] = field(default_factory=Counter)
     when_paused: Callable[[], None] = lambda: None
-    sync_failed: bool = False
+    at_end: list[Callable[[], object]] = field(default_factory=list)
+    sync_failed: bool = False  # of a segment that may have records
 
     def expect(self, plan: Plan, when_paused: Callable[[], None] = lambda: None) -> None:
         """What happens at the next steps."""
@@ -141,7 +143,7 @@ class SimulatedProcess:
         self.sync_failed = False
 
     def step(self, call: str) -> Interruption | None:
-        """Before each call; FAIL, SHORT and LOST are the caller's to carry out."""
+        """Before each call; FAIL and SHORT are the caller's to carry out."""
         if not self.alive:
             raise ProcessKilled
         now = self.plan.pop((call, self.steps[call]), None)
@@ -172,6 +174,8 @@ class SimulatedProcess:
         self.alive = False
         for file in [*self.files]:
             file.release()
+        while self.at_end:
+            self.at_end.pop()()
 
 
 @dataclass(frozen=True)
@@ -191,15 +195,13 @@ class NameChange:
 
 
 class SimulatedDisk:
-    """One journal directory, its files, and the file with the mark of the database."""
+    """One journal directory and its files."""
 
     def __init__(self) -> None:
         self.names: dict[str, SimulatedInode] = {}
         self.durable: dict[str, SimulatedInode] = {}
         self.pending: list[NameChange] = []
         self.processes: list[SimulatedProcess] = []
-        self.mark = 0
-        self.durable_mark = 0
         self.chance = random.Random(0)
 
     def start_process(self) -> SimulatedProcess:
@@ -221,6 +223,12 @@ class SimulatedDisk:
             change.inode.links += 1
         self.pending.append(change)
 
+    def has_segment(self, inode: SimulatedInode) -> bool:
+        """Whether a file is a segment that was finished."""
+        return any(
+            inode is one and name.endswith((OWNED, ADOPTED)) for name, one in self.names.items()
+        )
+
     def sync_names(self) -> None:
         """All names are durable."""
         self.durable = dict(self.names)
@@ -240,9 +248,6 @@ class SimulatedDisk:
         for inode in sorted(inodes, key=id):
             inode.lose_power(cut, random.Random(seed))
             inode.links = sum(each is inode for each in self.names.values())
-        if cut is PowerCut.LOSES_ALL or (cut is PowerCut.ANY and chance.random() < 0.5):
-            self.mark = self.durable_mark
-        self.durable_mark = self.mark
 
 
 class SimulatedFile(SegmentFile):
@@ -283,7 +288,7 @@ class SimulatedFile(SegmentFile):
 
     def sync(self) -> None:
         if self._process.step("sync") in (Interruption.FAIL, Interruption.SHORT):
-            self._process.sync_failed = True
+            self._process.sync_failed |= self._process.disk.has_segment(self._inode)
             chance = self._process.disk.chance
             share = chance.choice(
                 [0.0, 0.5, 1.0]
@@ -304,6 +309,15 @@ class SimulatedFile(SegmentFile):
 
     def unlinked(self) -> bool:
         return self._inode.links == 0
+
+    def protect(self) -> None:
+        self._inode.sealed = True
+
+    def sealed(self) -> bool:
+        return self._inode.sealed
+
+    def has_owner(self) -> bool:
+        return self._inode.holder not in (None, self._open)
 
     def lock(self) -> bool:
         self._process.fail("lock")
@@ -355,6 +369,9 @@ class SimulatedDirectory(JournalDirectory):
     def sync(self) -> None:
         self._process.fail("sync_names")
         self._disk.sync_names()
+
+    def free_octets(self) -> int:
+        return 1 << 40
 
     def leads_to(self, name: str, file: SegmentFile) -> bool:
         self._process.fail("leads_to")

@@ -1,7 +1,8 @@
 """Celery's consumer as this worker uses it: no broker can end the worker or tell it what to do.
 
 Each entry of the broker's lists is checked first (`relay.hint_entry`). Celery gets a new entry with
-the ids of a hint; every other entry is dropped and counted.
+the ids of a hint; every other entry is dropped and counted. An early hint is offered to the engine
+at once, if it takes it: Celery needs a millisecond to begin a task.
 
 Any other failure of the consumer is handled like a lost connection, from which Celery recovers.
 What must stay true: no entry ends the consumer, and no failure of the consumer ends the process,
@@ -9,6 +10,7 @@ because engine and sweeper must go on.
 """
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,7 +18,7 @@ from celery.worker.consumer import Consumer as CeleryConsumer
 from kombu.transport import redis
 
 from relay import metrics
-from relay.hint_entry import NoHint, entry_of, hinted
+from relay.hint_entry import Hint, NoHint, entry_of, hinted
 from relay.hints import QUEUES
 from relay.log import first_line, get_logger
 
@@ -26,7 +28,10 @@ LOG_INTERVAL = 60.0  # seconds between two lines about dropped entries
 # doubles while it fails again within 2 MAX_PAUSE.
 MIN_PAUSE = 1.0
 MAX_PAUSE = 30.0
-LARGEST = "largest_hint"  # the transport option that says how many ids a hint may have
+# Options of the transport: how many ids a hint may have, and the function that gets an early hint
+# and the name of its queue, and says whether it has taken it.
+LARGEST = "largest_hint"
+TAKE_EARLY = "take_early_hint"
 
 
 class DroppedEntries:
@@ -52,9 +57,11 @@ _dropped = DroppedEntries()
 class _Client(redis.PrefixedStrictRedis):
     """Replies to a BRPOP with a hint, or as if the list had been empty."""
 
-    def __init__(self, *args: Any, most: int, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, most: int, take_early: Callable[[Hint, str], bool], **options: Any
+    ) -> None:
         super().__init__(*args, **options)  # type: ignore[no-untyped-call]
-        self._most = most
+        self._most, self._take_early = most, take_early
 
     def parse_response(self, connection: Any, command_name: str, **options: Any) -> Any:
         """The broker's reply. (`celery inspect` uses BRPOP on lists of its own.)"""
@@ -66,10 +73,13 @@ class _Client(redis.PrefixedStrictRedis):
         if queue not in QUEUES:
             return reply
         try:
-            return key, entry_of(hinted(entry, self._most), queue)
+            hint = hinted(entry, self._most)
         except NoHint as error:
             _dropped.add(queue, str(error))
             return None
+        if hint.early and self._take_early(hint, queue):
+            return None
+        return key, entry_of(hint, queue)
 
 
 class HintChannel(redis.Channel):
@@ -78,8 +88,13 @@ class HintChannel(redis.Channel):
     do_restore = False
 
     def _get_client(self) -> Any:
-        most = self.connection.client.transport_options[LARGEST]
-        return partial(_Client, global_keyprefix=self.global_keyprefix, most=most)
+        options = self.connection.client.transport_options
+        return partial(
+            _Client,
+            global_keyprefix=self.global_keyprefix,
+            most=options[LARGEST],
+            take_early=options[TAKE_EARLY],
+        )
 
 
 class Transport(redis.Transport):

@@ -257,8 +257,9 @@ class Producer:
         taken = hints.take(len(reserved[route]))
         hints.requested = True
         hints.moved_at = now
+        early = len(taken) == 1 and taken[0][1].may_be_early(now)
         self._request(
-            ClaimRequest(worker, [queue_id for queue_id, _ in taken], _counts(reserved)),
+            ClaimRequest(worker, [queue_id for queue_id, _ in taken], _counts(reserved), early),
             partial(self._hints_claimed, hints, taken, reserved, now),
         )
         return True

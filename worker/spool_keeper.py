@@ -1,8 +1,9 @@
 """The spool keeper: a thread in every worker that keeps the worker's view of the spool correct.
 
 It raises the mark of the spool (`relay.spool.mark`), so that a database that lacks what this worker
-recorded is noticed: within a second after an outcome, and every ten seconds without one. And it
-closes the segments that were unlinked: their space comes back only then.
+recorded is noticed: within a second after an outcome, and every ten seconds without one. In the
+other seconds it reads the mark, because a database may be overwritten under living connections. And
+it closes the segments that were unlinked: their space comes back only then.
 """
 
 import time
@@ -41,12 +42,14 @@ class SpoolKeeper(PeriodicThread):
         if idle:
             self._idle_at = now + IDLE_INTERVAL
             self._spool.segments.close_unlinked()
-        if idle or self._outcomes() > self._covered:
-            try:
+        try:
+            if idle or self._outcomes() > self._covered:
                 self._advance()
-            except Exception:
-                if idle:  # an outage is logged every ten seconds, and tried every second
-                    raise
+            else:
+                self._mark.check(self._engine)
+        except Exception:
+            if idle:  # an outage is logged every ten seconds, and tried every second
+                raise
 
     def finish(self) -> None:
         """End after the engine: its last outcomes get a mark too."""

@@ -95,12 +95,12 @@ def run(*, yes: bool) -> int:
             print(segment.shown())
         if not confirmed(f"adopt {len(found)} segments, whose spoolers have ended", yes=yes):
             return NOTHING_MATCHED
-        done = sum(_adopt(engine, spool, acceptor, segment) for segment in found)
+        done = sum(adopt_segment(engine, spool, acceptor, segment) for segment in found)
     return DONE if done == len(found) else NOTHING_MATCHED
 
 
-def _adopt(engine: Engine, spool: Spool, acceptor: Acceptor, found: ForeignSegment) -> bool:
-    """Adopt one segment and make its rows."""
+def adopt_segment(engine: Engine, spool: Spool, acceptor: Acceptor, found: ForeignSegment) -> bool:
+    """Adopt one segment and make its rows. Raises OSError and the database's errors."""
     directory = JournalDirectory(spool.handle)
     adopted = adopt_one(directory, found.name, local=spool.is_local, forced=True)
     if adopted is None:

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 
 import typer
@@ -77,9 +77,7 @@ def change(
             raise CommandError(
                 NOTHING_MATCHED, f"nothing to {name}: it applies to {states} deliveries"
             )
-        age = "newest" if newest else "oldest"
-        oldest = "" if limit is None or limit >= matched.total() else f"the {age} {limit} of "
-        summary = f"{name} {oldest}{counts_text(matched)}"
+        summary = f"{name} {share_text(matched.total(), limit, newest)}{counts_text(matched)}"
         if dry_run:
             rows = operations.matching_rows(operation, filter_, limit=limit, newest=newest)
             write(rows, COLUMNS, json_lines=json_lines)
@@ -87,23 +85,44 @@ def change(
             return DONE
         if min(matched.total(), limit or 2) > 1 and not confirmed(summary, yes=yes):
             return NOTHING_MATCHED
-        chunks = changing(
-            engine,
-            settings,
-            operation,
-            filter_,
-            actor=actor(),
-            reason=reason,
-            limit=limit,
-            newest=newest,
+        changed, removed, interrupted = until_interrupted(
+            changing(
+                engine,
+                settings,
+                operation,
+                filter_,
+                actor=actor(),
+                reason=reason,
+                limit=limit,
+                newest=newest,
+            )
         )
-        changed, removed = Counter[str](), 0
-        interrupted = True
-        with suppress(KeyboardInterrupt):
-            for counts, bodies in chunks:
-                changed.update(counts)
-                removed += bodies
-            interrupted = False
+    report(name, operation, changed, removed, json_lines=json_lines)
+    if interrupted:
+        total = counted(matched.total())
+        text = f"interrupted after {changed.total()} of {total}; the others are unchanged"
+        raise CommandError(INTERRUPTED, text)
+    return DONE if changed else NOTHING_MATCHED
+
+
+def until_interrupted(
+    chunks: Iterable[tuple[Counter[str], int]],
+) -> tuple[Counter[str], int, bool]:
+    """Take chunks up to the last one or to Ctrl-C: the deliveries that changed, by the state
+    before, the bodies that were removed, and whether it was Ctrl-C."""
+    changed, removed = Counter[str](), 0
+    with suppress(KeyboardInterrupt):
+        for counts, bodies in chunks:
+            changed.update(counts)
+            removed += bodies
+        return changed, removed, False
+    return changed, removed, True
+
+
+def report(
+    name: str, operation: Operation, changed: Counter[str], removed: int, *, json_lines: bool
+) -> None:
+    """Print what an operation has done."""
     text = changed_text(name, changed, removed)
     if json_lines:
         row = {"verb": name, "deliveries": changed.total(), "were": changed}
@@ -111,11 +130,6 @@ def change(
     typer.echo(text)
     if sending := changed[State.SENDING]:
         say(f"{sending} being sent: {after_sending(name, operation)}")
-    if interrupted:
-        total = counted(matched.total())
-        text = f"interrupted after {changed.total()} of {total}; the others are unchanged"
-        raise CommandError(INTERRUPTED, text)
-    return DONE if changed else NOTHING_MATCHED
 
 
 def changing(
@@ -155,6 +169,13 @@ def after_sending(name: str, operation: Operation) -> str:
     if operation.pending:
         return f"{name} follows after this attempt, unless the server accepts"
     return "they are no longer held after this attempt"
+
+
+def share_text(matched: int, limit: int | None, newest: bool) -> str:
+    """`the oldest 5 of ` if not all that match are meant."""
+    if limit is None or limit >= matched:
+        return ""
+    return f"the {'newest' if newest else 'oldest'} {limit} of "
 
 
 def counts_text(counts: Mapping[str, int]) -> str:

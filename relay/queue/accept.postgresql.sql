@@ -4,9 +4,12 @@
 -- Inserts the messages, recipients and deliveries of a batch, and moves the segment's position over
 -- them. Nothing is inserted unless the position was :start, so nothing comes twice; without :start
 -- there is no such condition. The relay chooses every key. Returns a row if the position was moved.
+-- The lock :announced is for claims that wait for the end of this transaction.
 WITH s AS (
     UPDATE segments SET committed_to = :end
     WHERE id = CAST(:segment AS uuid) AND committed_to = CAST(:start AS bigint)
+        AND (CAST(:announced AS bigint) IS NULL
+            OR pg_advisory_xact_lock(CAST(:announced AS bigint)) IS NOT NULL)
     RETURNING id
 ), m AS (
     INSERT INTO messages (id, received_at, sender, size, client_address, helo, protocol, auth_user,

@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Engine
 from relay.db.engine import is_outage, reading, writing, writing_once
 from relay.db.schema import LONGEST_INDEXED
 from relay.db.sql import Queries
-from relay.ids import dashed
+from relay.ids import dashed, lock_key
 from relay.log import escaped, first_line, get_logger
 from relay.queue.states import ReasonSource
 
@@ -208,15 +208,23 @@ class Acceptor:
         self._queries = Queries(engine, __name__, lifetime=lifetime, grace=grace)
 
     def commit(
-        self, messages: Sequence[EncodedMessage], span: SegmentSpan, *, age: float = 0.0
+        self,
+        messages: Sequence[EncodedMessage],
+        span: SegmentSpan,
+        *,
+        age: float = 0.0,
+        announced: str | None = None,
     ) -> None:
         """Insert messages that arrived `age` seconds ago, in one transaction.
+
+        `announced`: the id of a message whose hint is published already. A claim for it waits until
+        this transaction has ended.
 
         Raises the database's errors, and PositionMoved if the segment's position was neither at the
         start of the span nor behind it.
         """
         with writing_once(self._engine) as connection:
-            moved = self.insert_batch(connection, messages, span, age=age)
+            moved = self.insert_batch(connection, messages, span, age=age, announced=announced)
         if not moved and not self.is_committed(span):
             raise PositionMoved(f"segment {span.segment} at {span.start}")
 
@@ -341,11 +349,13 @@ class Acceptor:
         segment: str | None = None,
         age: float = 0.0,
         hold_reason: str | None = None,
+        announced: str | None = None,
     ) -> bool:
         """Insert messages in the caller's transaction, which arrived `age` seconds ago: those of a
         span of a segment, whose position must stand at the start of the span; or those of a
-        `segment` (None: their bodies are files). With a `hold_reason` they are held. Returns
-        whether the position of the span was moved."""
+        `segment` (None: their bodies are files). With a `hold_reason` they are held. Claims for a
+        message that is `announced` wait for the end of the transaction. Returns whether the
+        position of the span was moved."""
         lines = [message.rows.decode().split("\n") for message in messages]
         rows = ",".join(
             f'{{"position":{"null" if message.position is None else message.position},{line[0][1:]}'
@@ -363,6 +373,7 @@ class Acceptor:
             end=span.end if span else None,
             age=age,
             hold_reason=hold_reason,
+            announced=lock_key(announced) if announced else None,
             hold_source=ReasonSource.RELAY,
         )
         return bool(moved.all())

@@ -30,6 +30,11 @@ WHERE state = 'sending'
         WHERE x.claim = deliveries.claim_count AND x.queue_id = deliveries.queue_id
             AND x.number = deliveries.number);
 
+-- name: wait_for_rows
+-- Waits until the transaction that inserts a message has ended (`accept` has this lock), or raises
+-- lock_not_available. The time limit ends with this statement.
+SELECT set_config('lock_timeout', :patience, true), pg_advisory_xact_lock_shared(:announced);
+
 -- name: claim_hinted
 -- Claims the deliveries of a route that hints name; their rows with the envelope. `state || ''`
 -- keeps PostgreSQL from using an index on the state: a plan that was made for a short queue would

@@ -21,10 +21,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
 from relay.db.engine import writing, writing_once
 from relay.db.sql import Queries
-from relay.ids import dashed
+from relay.hint_entry import EARLY_SEARCH
+from relay.ids import dashed, lock_key
 from relay.queue.model import (
     Claim,
     ClaimRequest,
@@ -45,6 +47,7 @@ from relay.version import running_version
 type Key = tuple[str, int]
 # The other final states may have a DSN pending, which needs the body.
 _WITHOUT_DSN = (State.DELIVERED, State.DROPPED)
+_LOCK_NOT_AVAILABLE = "55P03"  # PostgreSQL, Appendix A
 
 
 class _Recorded(NamedTuple):
@@ -116,6 +119,8 @@ class WorkerQueue:
         # A message that comes alone waits for its claim, and BEGIN and COMMIT are round trips.
         alone = len(items) == len(requests) == 1 == len(requests[0].capacity) and not commit_unknown
         with (writing_once if alone else writing)(self.engine) as connection:
+            if alone and requests[0].early:
+                self._wait_for_rows(connection, requests[0])
             # `Rescuer.expire_worker` locks the worker first and then its deliveries, as here.
             renewed = {
                 worker: self._queries.run(connection, "renew_lease", worker=dashed(worker)).rowcount
@@ -176,6 +181,23 @@ class WorkerQueue:
             workers=json.dumps([dashed(worker) for worker in workers]),
             held=json.dumps(held),
         )
+
+    def _wait_for_rows(self, connection: Connection, request: ClaimRequest) -> None:
+        """Wait, for EARLY_SEARCH at most, while a transaction inserts the message of an early hint.
+        SQLite has one writer at a time, so there this transaction has waited for it already."""
+        if connection.dialect.name == "sqlite":
+            return
+        (queue_id,) = request.ids or ()
+        try:
+            self._queries.run(
+                connection,
+                "wait_for_rows",
+                announced=lock_key(queue_id),
+                patience=f"{EARLY_SEARCH:g}s",
+            )
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+                raise
 
     def _claim(self, connection: Connection, request: ClaimRequest) -> list[Claim]:
         claims: list[Claim] = []

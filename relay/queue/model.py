@@ -81,11 +81,12 @@ class Completion:
 @dataclass(slots=True)
 class ClaimRequest:
     """Claim at most `capacity` deliveries of each route, of these messages or (ids None) overdue
-    ones."""
+    ones. `early`: the rows of the one message may be under way."""
 
     worker: str
     ids: Sequence[str] | None
     capacity: Mapping[str, int]
+    early: bool = False
 
 
 @dataclass(slots=True)

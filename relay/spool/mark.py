@@ -19,7 +19,7 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from relay.db.engine import OlderDatabase, prepare_connections, writing
+from relay.db.engine import OlderDatabase, prepare_connections, reading, writing
 from relay.db.sql import Queries
 from relay.ids import new_id
 from relay.log import get_logger
@@ -44,6 +44,18 @@ class SpoolMark:
         """Refuse new connections of this engine to an older database (OlderDatabase)."""
         prepare_connections(engine, self._check)
 
+    def check(self, engine: Engine) -> None:
+        """Raise OlderDatabase if the database was overwritten under a connection that lives on, and
+        the database's errors."""
+        known = max(self.known, self._read())
+        with reading(engine) as connection:
+            row = connection.exec_driver_sql(_SELECT).fetchone()
+        try:
+            self._compare(row, known)
+        except OlderDatabase:
+            engine.dispose()  # new connections are refused by `guard`
+            raise
+
     def advance(self, engine: Engine) -> int:
         """Raise the mark by one; the new value. Raises the database's errors, and OlderDatabase if
         the database was restored under a connection that lives on."""
@@ -62,6 +74,15 @@ class SpoolMark:
             raise
         self.learn(mark)
         return mark
+
+    def cover(self, engine: Engine) -> None:
+        """Raise the mark, and make sure that the spool keeps it: from now on a database is noticed
+        that lacks what is committed. Raises as `advance`, and OSError if the file cannot be
+        written."""
+        mark = self.advance(engine)
+        with self._lock:
+            self._write(mark)
+        self._directory.sync()  # another process may have written it, and not synced its name yet
 
     def learn(self, mark: int) -> None:
         """A mark that the database had; the spool keeps the highest."""
@@ -86,6 +107,10 @@ class SpoolMark:
         row = connection.execute(_SELECT).fetchone()
         with suppress(AttributeError):  # sqlite3 has begun no transaction
             connection.commit()
+        self._compare(row, known)
+
+    def _compare(self, row: Any, known: int) -> None:
+        """Raise OlderDatabase unless this row of `spool` is ours and has a mark that is known."""
         if row is not None and row[0] != self._identity:
             log.critical("database of another spool", spool=self._identity, known=row[0])
             raise OlderDatabase(

@@ -2,9 +2,11 @@
 is sent twice in silence. Everything goes through the commands that people type."""
 
 import os
+import re
 import shutil
 import signal
 import sqlite3
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from relay.spool.journal.format import encode_segment_header
 from relay.spool.journal.scan import read_header
 from tests.acceptance.installation import Install, Installation, accepted_by
 from tests.acceptance.stack import StartUp, command
-from tests.services import Postgres
+from tests.services import Postgres, free_port
 from tests.waiting import until
 
 REPLY_TIME = 20.0  # seconds
@@ -91,6 +93,42 @@ def test_smtpd_alone_starts_and_accepts_without_the_database(
         assert accepted_by(sink) == Counter({"b@example.org": 1})
     finally:
         relay.close()
+
+
+def test_the_lag_is_true_without_mail_and_without_the_database(
+    own_postgres: Postgres, tmp_path: Path
+) -> None:
+    """Three messages come while the database is away, and then none; smtpd is started again."""
+    listen = f"127.0.0.1:{free_port()}"
+    relay = Installation(tmp_path, own_postgres.url(), METRICS_LISTEN=listen)
+    try:
+        run(relay, "migrate")
+        smtpd = relay.smtpd()
+        relay.database.dispose()
+        own_postgres.stop()
+        for recipient in "abc":
+            relay.send(f"{recipient}@example.org")
+        until(lambda: lag(listen)["seconds"] > 3, 30, what=relay.log_text)
+        assert lag(listen)["messages"] == 3
+        relay.end(smtpd)
+        relay.smtpd()
+        until(lambda: lag(listen)["seconds"] > 6, 30, what=relay.log_text)
+        assert lag(listen)["messages"] == 3
+        own_postgres.start()
+        until(lambda: set(lag(listen).values()) == {0}, 60, what=relay.log_text)
+        assert relay.count() == 3
+    finally:
+        relay.close()
+
+
+def lag(listen: str) -> dict[str, float]:
+    """What a scrape says of accepted messages without rows."""
+    with urllib.request.urlopen(f"http://{listen}/metrics", timeout=60) as answer:
+        text = answer.read().decode()
+    return {
+        name: float(value)
+        for name, value in re.findall(r"(?m)^relay_journal_lag_(\w+) (\S+)$", text)
+    }
 
 
 def copy_of(database: Path, directory: Path) -> Path:

@@ -3,6 +3,7 @@ committed."""
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
+from relay.db.engine import writing
 from relay.ids import new_id
 from relay.queue.accept import (
     Acceptor,
@@ -19,6 +21,7 @@ from relay.queue.accept import (
     encode,
     routes_of,
 )
+from relay.queue.model import Claim, ClaimRequest
 from relay.queue.outcome import Outcome
 from tests.integration.harness import QueueHarness, new_message
 from tests.waiting import until
@@ -45,6 +48,75 @@ class JournalHarness:
 @pytest.fixture
 def journal(queue: QueueHarness) -> JournalHarness:
     return JournalHarness(queue)
+
+
+@contextmanager
+def rows_under_way(
+    queue: QueueHarness, journal: JournalHarness, message: NewMessage
+) -> Iterator[None]:
+    """While it lasts, a transaction has inserted the message and is not committed."""
+    inserted, go_on = threading.Event(), threading.Event()
+    encoded, span = journal.batch(message)
+
+    def insert() -> None:
+        with writing(queue.database) as connection:
+            assert journal.acceptor.insert_batch(connection, encoded, span, announced=message.id)
+            inserted.set()
+            assert go_on.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        inserting = pool.submit(insert)
+        assert inserted.wait(20)
+        try:
+            yield
+        finally:
+            go_on.set()
+        inserting.result(20)
+
+
+def early_claim(queue: QueueHarness, queue_id: str) -> list[Claim]:
+    request = ClaimRequest(queue.worker, [queue_id], {"default": 1}, early=True)
+    (claims,) = queue.worker_queue.commit([request])
+    assert isinstance(claims, list)
+    return claims
+
+
+def waits_for_lock(queue: QueueHarness) -> bool:
+    if not queue.dialect.postgresql:  # it waits for a flock, which no statement shows
+        return True
+    query = "SELECT count(*) AS n FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    return bool(queue.rows(query)[0]["n"])
+
+
+def test_the_claim_of_an_early_hint_waits_for_the_rows(
+    queue: QueueHarness, journal: JournalHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.queue.claim.EARLY_SEARCH", 60.0)
+    message = new_message()
+    with ThreadPoolExecutor(1) as pool:
+        assert queue.worker
+        with rows_under_way(queue, journal, message):
+            claiming = pool.submit(early_claim, queue, message.id)
+            until(lambda: waits_for_lock(queue))
+            assert not claiming.done()
+        assert [claim.queue_id for claim in claiming.result(20)] == [message.id]
+
+
+def test_a_claim_that_waits_too_long_finds_nothing(
+    postgres_queue: QueueHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.queue.claim.EARLY_SEARCH", 0.05)
+    queue, message = postgres_queue, new_message()
+    with rows_under_way(queue, JournalHarness(queue), message):
+        assert early_claim(queue, message.id) == []
+    assert [claim.queue_id for claim in early_claim(queue, message.id)] == [message.id]
+
+
+def test_the_claim_of_a_message_that_never_comes_does_not_wait(
+    queue: QueueHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.queue.claim.EARLY_SEARCH", 3600.0)
+    assert early_claim(queue, new_id()) == []
 
 
 def counts(queue: QueueHarness) -> list[int]:

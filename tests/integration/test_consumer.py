@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from kombu import Connection, Exchange, Queue
 
 from qmqp.sink import running_sink
 from relay.hint_entry import Hint, entry_of
 from relay.hints import FRESH, Hints
 from relay.ids import new_id
+from relay.settings import WorkerSettings, load
 from tests import services
 from tests.integration.test_worker_app import WorkerProcesses, processes
 from tests.services import Broker
 from tests.waiting import until
 from worker.celery_app import celery_app
+from worker.consumer import LARGEST, TAKE_EARLY, Transport
 
 __all__ = ["processes"]
 LIST = "qmqp-relay:fresh"
@@ -122,6 +125,31 @@ def test_a_consumer_that_fails_starts_again_and_the_engine_goes_on(
         until(lambda: home.mail.state(queue_id) == "delivered", 20, what=home.said)
         assert worker.poll() is None
         assert services.end(worker) == 0
+
+
+def test_an_early_hint_is_taken_before_celery_makes_a_task(broker: Broker) -> None:
+    """The engine gets it while the entry is read. One that it does not take becomes a task."""
+    taken, tasks = list[Hint](), list[Any]()
+    ids = [new_id() for _ in range(4)]
+
+    def take(hint: Hint, queue: str) -> bool:
+        assert queue == FRESH
+        taken.append(hint)
+        return hint.ids[""] == [ids[0]]
+
+    options = celery_app(load(WorkerSettings, broker_url=broker.url)).conf.broker_transport_options
+    options = options | {LARGEST: 64, TAKE_EARLY: take}
+    early = [Hint({"": [queue_id]}, early=True) for queue_id in ids[:2]]
+    hints = [*early, Hint({"": ids[2:3]}), Hint({"": ids[3:]})]
+    broker.ask("LPUSH", LIST, *(entry_of(hint, FRESH).decode() for hint in hints))
+    with Connection(broker.url, transport_options=options) as connection:
+        connection.transport_cls = Transport
+        queue = Queue(FRESH, exchange=Exchange("mail"), routing_key=FRESH)
+        with connection.Consumer(queue, callbacks=[lambda body, _: tasks.append(body)]):
+            for _ in hints[1:]:
+                connection.drain_events(timeout=10)
+    assert taken == early
+    assert [body[0] for body in tasks] == [[hint.ids] for hint in hints[1:]]
 
 
 @pytest.mark.parametrize("allowed", [True, False])

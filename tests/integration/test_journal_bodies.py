@@ -495,6 +495,25 @@ def test_each_second_with_outcomes_raises_the_mark(
         assert mark.known == begun + 2
 
 
+def test_a_database_that_is_overwritten_under_connections_is_noticed_without_outcomes(
+    mail: JournalWorkerHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by `pg_restore --clean`: no connection breaks."""
+    monkeypatch.setattr(spool_keeper, "IDLE_INTERVAL", 1e9)
+    mark = SpoolMark(mail.directory, mail.spool.identity)
+    mark.guard(mail.database)
+    mail.database.dispose()
+    keeper = SpoolKeeper(mail.database, mail.spool, mark, lambda: 0)
+    worker, queue_id = mail.register_worker(), mail.accept_one()
+    keeper.turn()
+    mark.advance(mail.database)
+    keeper.turn()
+    mail.change("UPDATE spool SET mark = 1")
+    keeper.turn()
+    with pytest.raises(OlderDatabase, match="fsck --rebuild"):
+        mail.claim(queue_id, worker=worker)
+
+
 def test_an_outage_delays_the_mark_and_loses_no_outcome(
     mail: JournalWorkerHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,19 +51,23 @@ class GatedAcceptor(Acceptor):
         self.gate.set()
         self.fault: Exception | None = None
         self.batches: list[int] = []
+        self.announced: list[str | None] = []
 
     def sealed_segments(self) -> set[str]:
         if self.fault is not None:
             raise self.fault
         return super().sealed_segments()
 
-    def commit(self, messages: Any, span: SegmentSpan, *, age: float = 0.0) -> None:
+    def commit(
+        self, messages: Any, span: SegmentSpan, *, age: float = 0.0, announced: str | None = None
+    ) -> None:
         self.entered.set()
         assert self.gate.wait(20)
         if self.fault is not None:
             raise self.fault
-        super().commit(messages, span, age=age)
+        super().commit(messages, span, age=age, announced=announced)
         self.batches.append(len(messages))
+        self.announced.append(announced)
 
 
 class SpoolerHarness:
@@ -220,6 +224,7 @@ def test_the_hint_of_a_lone_message_comes_with_its_reply(
     (committed,) = [reply for reply in harness.replies if reply.messages]
     assert (stored.early, stored.ids) == (True, {"default": [request.queue_id]})
     assert (committed.early, committed.ids) == (False, {})
+    assert harness.acceptor.announced == [request.queue_id]
 
 
 def test_an_early_hint_is_repeated_when_the_rows_come_late(

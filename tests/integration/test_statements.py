@@ -38,7 +38,7 @@ DUE = (State.QUEUED, State.SENDING, State.DEFERRED, State.BOUNCED, State.EXPIRED
 # The name whose statements run before.
 BEFORE = {"create_views": "drop_views", "create_triggers": "drop_triggers"}
 # Statements that one database alone needs, as (module, name).
-ONE_DATABASE = {("worker.cleaner", "lock")}
+ONE_DATABASE = {("worker.cleaner", "lock"), ("relay.queue.claim", "wait_for_rows")}
 
 IDS = [f"00000000-0000-7000-8000-{n:012x}" for n in range(2 * len(State))]
 WORKER = "00000000-0000-7000-8000-0000000000f0"
@@ -54,6 +54,7 @@ def rows(**columns: Any) -> str:
 
 EXAMPLES: dict[str, Any] = {
     "action": ACTION,
+    "announced": 7,
     "age": 3.0,
     "count": 7,
     "end": 8192,
@@ -61,6 +62,7 @@ EXAMPLES: dict[str, Any] = {
     "hold_source": None,
     "live": 5,
     "sparse": True,
+    "patience": "1s",
     "oldest": IDS[0],
     "records": json.dumps([{"id": queue_id, "position": 5000} for queue_id in IDS]),
     "moves": json.dumps([{"id": IDS[0], "old_segment": SEGMENT, "old_position": 1, "position": 2}]),

@@ -255,6 +255,24 @@ def test_a_hint_is_offered_by_route(early: bool) -> None:
     assert offers == [((["1"], FRESH, "bulk"), wanted), ((["2"], FRESH, ""), wanted)]
 
 
+def test_an_early_hint_needs_no_task_unless_another_one_waits() -> None:
+    offered = list[threading.Event]()
+
+    def offer(*_: Any, **__: Any) -> threading.Event:
+        offered.append(threading.Event())
+        return offered[-1]
+
+    process = WorkerProcess(load(WorkerSettings), Celery(set_as_current=False))
+    process.engine = cast(Engine, SimpleNamespace(offer=offer))
+    hint = Hint({"bulk": ["1"], "default": ["1"]}, early=True)
+    assert process.take_early(hint, FRESH)
+    for claimed in (*offered,):
+        assert not process.take_early(hint, FRESH)
+        claimed.set()
+    assert process.take_early(hint, FRESH)
+    assert len(offered) == 4
+
+
 def test_a_worker_refuses_the_spool_of_another_database(processes: Any) -> None:
     home = processes(1, "redis://127.0.0.1:1/0")
     (home.mail.settings.spool_dir / "spool-id").write_text("0" * 32 + "\n")

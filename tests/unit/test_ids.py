@@ -4,7 +4,10 @@ import re
 import time
 import uuid
 
-from relay.ids import dashed, new_id
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.ids import dashed, lock_key, new_id
 
 
 def test_id_is_a_uuid_of_version_7() -> None:
@@ -33,6 +36,13 @@ def test_every_random_bit_is_used() -> None:
         zeros |= ~value
     chance = (1 << 80) - 1 & ~(0xF << 76) & ~(0b11 << 62)
     assert ones & chance == chance == zeros & chance
+
+
+@given(st.integers(0, (1 << 128) - 1))
+def test_a_lock_key_is_a_bigint_with_the_random_end_of_the_id(value: int) -> None:
+    key = lock_key(f"{value:032x}")
+    assert -(1 << 63) <= key < 1 << 63
+    assert key % (1 << 64) == value % (1 << 64)
 
 
 def test_dashed_has_the_form_of_the_database() -> None:

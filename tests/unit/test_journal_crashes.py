@@ -1,16 +1,26 @@
-"""Random histories of the journal on a simulated disk: nothing is lost, and nothing comes twice.
+"""Random histories of the journal, with its real code on a simulated disk: nothing is lost, and
+nothing comes twice.
 
 Spoolers append with and without failures, are killed, paused and woken up; others adopt; the power
-fails; the database is restored from a backup; workers deliver, compact and remove. What every
-client heard is remembered:
+fails; the database is restored from a backup; workers deliver, compact and remove; operators adopt
+and rebuild. tests/journal_processes.py says what of it is the program's own code. What every client
+heard, and what every COMMIT made durable, is remembered:
 
 - after a 250 a message has one row as long as a delivery needs it, and its body is readable;
 - after a 451 a message never gets a row;
-- no message gets a row twice, except on hold after the database was restored.
+- no message gets a row twice, and none is sent twice, except on hold after the database was
+  restored, or when the mark could not tell: what was committed since the mark last reached the disk
+  may come again.
 """
 
 import os
+import shutil
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple, cast
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -24,11 +34,20 @@ from hypothesis.stateful import (
 )
 from structlog.testing import capture_logs
 
+from commands.ops import rebuild
+from reception import committer, replay
+from relay.db import engine
+from relay.db.engine import is_outage
+from relay.spool import mark, segments
 from relay.spool.journal import copying, supply
-from relay.spool.journal.directory import COPY, NEW
-from relay.spool.journal.format import JournalRecord, RecordKind
+from relay.spool.journal.contents import highest_mark
+from relay.spool.journal.directory import ADOPTED, MARK, NEW, OWNED
+from relay.spool.journal.format import Place
 from relay.spool.journal.reader import JournalReader, WrongBody
 from relay.spool.journal.writer import AppendFailed, AppendUnknown
+from relay.spool.mark import SpoolMark
+from relay.spool.store import Spool
+from tests.journal_database import SimulatedClock, SimulatedDatabase, turn_to_write
 from tests.journal_disk import (
     CALLS,
     Interruption,
@@ -39,20 +58,24 @@ from tests.journal_disk import (
     SimulatedDisk,
     SimulatedProcess,
 )
-from tests.journal_model import (
-    DatabaseAway,
-    DatabaseSession,
-    ModelDatabase,
-    ModelSpooler,
-    TwiceInserted,
-    compact,
-    learn_mark,
-    rebuild,
-    remove_segments,
+from tests.journal_processes import (
+    RETENTION,
+    SPOOL,
+    Machine,
+    RelayProcess,
+    SimulatedCommand,
+    SimulatedSpooler,
+    SimulatedWorker,
+    new_id,
+    new_record,
+    new_settings,
 )
+from worker import cleaner
 
 EXAMPLES = int(os.environ.get("RELAY_TESTS_EXAMPLES", "100"))  # histories; `make soak`
 SPOOLERS = 3
+SPARSE = 700.0
+"""Seconds after which a segment may be compacted of which little is needed."""
 numbers = st.integers(0, 5)
 interruptions = st.sampled_from(Interruption)
 
@@ -68,44 +91,110 @@ append_plans = st.one_of(
     plans("write", "sync", "leads_to", "create", "fill", "rename", "sync_names"),
 )
 commit_plans = st.one_of(
-    plans("transaction", "mark", "leads_to", "read", "unlink"),
+    plans("query", "transaction", "committed", "leads_to", "read", "unlink"),
+    plans("create", "write", "sync", "rename", "sync_names"),  # of the mark
     st.dictionaries(
-        st.tuples(st.just("transaction"), st.integers(0, 1)), interruptions, min_size=1, max_size=1
+        st.tuples(st.sampled_from(["transaction", "committed"]), st.integers(0, 1)),
+        interruptions,
+        min_size=1,
+        max_size=1,
     ),
 )
-adopt_plans = plans("transaction", "mark", "names", "open", "lock", "rename", "sync_names", "sync")
+adopt_plans = plans("query", "transaction", "names", "open", "lock", "rename", "sync_names", "sync")
 work_plans = plans(*CALLS, most=2)
+
+
+class Backup(NamedTuple):
+    """A copy of the database, with what had rows and what was delivered in it."""
+
+    database: sqlite3.Connection
+    rows: frozenset[str]
+    delivered: frozenset[str]
+
+
+class Row(NamedTuple):
+    """What the database says of a message."""
+
+    queue_id: str
+    segment: str
+    position: int
+    size: int
+    state: str
+
+    @property
+    def needed(self) -> bool:
+        """Whether a delivery needs the body."""
+        return self.state in ("queued", "held")
 
 
 class JournalHistory(RuleBasedStateMachine):
     """One spool, one database, and what the clients heard."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path, template: Path) -> None:
         super().__init__()
+        path = directory / "relay.db"
+        shutil.copy(template, path)
+        spool = directory / "spool"
+        spool.mkdir()
+        (spool / "spool-id").write_text(f"{SPOOL}\n")
+        self.clock = SimulatedClock()
         self.disk = SimulatedDisk()
-        self.database = ModelDatabase(self.inserted)
-        self.spoolers: list[ModelSpooler] = []
-        self.backups: list[tuple[ModelDatabase, set[str]]] = []  # and which rows had come
+        self.database = SimulatedDatabase(path, SPOOL, self.clock, self.committed)
+        self.machine = Machine(
+            self.disk, self.database, self.clock, new_settings(path), Spool(spool)
+        )
+        self.observer = self.disk.start_process()
+        self.spoolers: list[SimulatedSpooler] = []
+        self.backups: list[Backup] = []
         self.bodies: dict[str, bytes] = {}
         self.accepted: set[str] = set()  # the client heard 250
         self.refused: set[str] = set()  # the client heard 451
-        self.waiting: dict[str, ModelSpooler] = {}  # synced, without a reply
+        self.present: dict[str, str] = {}  # the state of each message in the database
         self.rows: set[str] = set()  # had a row in this history of the database
-        self.forgotten: set[str] = set()  # had one before the database was restored
-        self.done: set[str] = set()  # delivered at least once
+        self.delivered: set[str] = set()  # were delivered in this history of the database
+        self.had_rows: set[str] = set()  # in any history
+        self.done: set[str] = set()  # were delivered in any history
+        self.covered = {0: (frozenset[str](), frozenset[str]())}  # rows and deliveries by mark
+        self.may_come_again: set[str] = set()
+        self.may_be_sent_again: set[str] = set()
         self.rebuilding = False
         self.uncertain: set[str] = set()  # their sync may have failed
-        self.observer = self.disk.start_process()
 
     # What is checked
 
-    def inserted(self, queue_id: str, held: bool) -> None:
-        """A message gets a row."""
-        if queue_id in self.refused:
-            raise TwiceInserted(f"{queue_id} was refused and has a row")
-        if queue_id in self.rows and not (held and self.rebuilding):
-            raise TwiceInserted(f"{queue_id} comes twice")
+    def committed(self) -> None:
+        """Something was committed."""
+        before, self.present = self.present, {row.queue_id: row.state for row in self.messages()}
+        for queue_id, state in self.present.items():
+            if queue_id not in before:
+                self._inserted(queue_id, held=state == "held")
+            if state == "delivered" != before.get(queue_id):
+                self._sent(queue_id)
+        if (mark_now := self.database.mark()) not in self.covered:
+            self.covered[mark_now] = frozenset(self.rows), frozenset(self.delivered)
+
+    def _inserted(self, queue_id: str, *, held: bool) -> None:
+        assert queue_id not in self.refused, f"{queue_id} was refused and has a row"
+        may = queue_id in self.may_come_again or (held and self.rebuilding)
+        assert may or queue_id not in self.had_rows, f"{queue_id} comes twice"
+        self.may_come_again.discard(queue_id)
         self.rows.add(queue_id)
+        self.had_rows.add(queue_id)
+
+    def _sent(self, queue_id: str) -> None:
+        may = queue_id in self.may_be_sent_again
+        assert may or queue_id not in self.done, f"{queue_id} is sent twice"
+        self.may_be_sent_again.discard(queue_id)
+        self.delivered.add(queue_id)
+        self.done.add(queue_id)
+
+    def messages(self) -> list[Row]:
+        """All messages."""
+        rows = self.database.observer.execute(
+            "SELECT replace(m.id, '-', ''), replace(m.segment, '-', ''), m.position, m.size,"
+            " d.state FROM messages m JOIN deliveries d ON d.queue_id = m.id ORDER BY m.id"
+        )
+        return [Row(*row) for row in rows]
 
     def look(self) -> SimulatedDirectory:
         """The directory for the checks, which are no part of the history."""
@@ -115,23 +204,31 @@ class JournalHistory(RuleBasedStateMachine):
 
     def older(self) -> bool:
         """Whether the spool tells that the database was restored."""
-        return self.database.mark < self.disk.mark
+        directory = self.look()
+        known = max(SpoolMark(directory, SPOOL).known, highest_mark(directory, SPOOL))
+        return self.database.mark() < known
+
+    def durable_mark(self) -> int:
+        """The mark that no power cut takes away."""
+        file = self.disk.durable.get(MARK)
+        return int(file.disk or 0) if file else 0
 
     @invariant()
     def bodies_are_readable(self) -> None:
         """Every body that a delivery needs stands at its place."""
-        if self.older():
-            return
         reader = JournalReader(self.look())
-        for queue_id, row in self.database.messages.items():
+        for row in self.messages():
+            queue_id = row.queue_id
             # A client that heard nothing sends again, so a body whose sync failed may be missing.
             certain = queue_id in self.accepted or queue_id not in self.uncertain
             if row.needed and certain and queue_id not in self.done:
                 try:
-                    body = reader.read(row.place, row.size)
+                    body = reader.read(Place(row.segment, row.position), row.size)
                 except WrongBody as error:
-                    raise AssertionError(f"the body of {queue_id} is lost") from error
-                assert body == self.bodies[queue_id]
+                    if not self.older():
+                        raise AssertionError(f"the body of {queue_id} is lost") from error
+                else:
+                    assert body == self.bodies[queue_id]
 
     # How a step of the history runs
 
@@ -150,50 +247,59 @@ class JournalHistory(RuleBasedStateMachine):
             work()
         except AppendFailed:
             raise
-        except (ProcessKilled, DatabaseAway, AppendUnknown, OSError):
-            if deep:
-                self._deliver([*self.database.messages])
-                self._purge()
-            return False
+        except (ProcessKilled, AppendUnknown):
+            return self._failed(deep=deep)
+        except Exception as error:
+            if not is_outage(error):
+                raise
+            return self._failed(deep=deep)
         finally:
             if process.sync_failed:
                 self.uncertain |= {*self.bodies} - self.accepted
             process.expect({})
         return True
 
+    def _failed(self, *, deep: bool) -> bool:
+        if deep:
+            self._finish_all()
+        return False
+
     def _meanwhile(self, paused: SimulatedProcess, *, deep: bool) -> None:
         paused.lose_locks()
-        other = ModelSpooler(self.disk, self.database)
-        done = self.run(other.process, {}, other.adopt) and self.run(
-            other.process, {}, other.commit
-        )
-        if done and deep:
-            self._deliver([*self.database.messages])
-            self._purge()
-            self._work(remove_segments)
-        other.process.kill()
+        other = self._new_spooler()
+        if (
+            self.run(other.process, {}, other.committer.adopt)
+            and self.run(other.process, {}, other.committer.drain)
+            and deep
+        ):
+            self._finish_all()
+            self._work(SimulatedWorker.clean)
+        other.kill()
 
-    def _work(self, work: Callable[..., object], *rest: object) -> None:
-        """A worker's process does something, without interruption."""
-        process = self.disk.start_process()
-        session = DatabaseSession(self.database, process)
-        self.run(process, {}, lambda: work(SimulatedDirectory(process), session, *rest))
+    def _finish_all(self) -> None:
+        """Everything that has a row is delivered, and its rows are removed."""
+        self._deliver([*self.present])
+        self._purge()
+
+    def _work(self, work: Callable[[SimulatedWorker], object], plan: Plan | None = None) -> bool:
+        """A worker does something."""
+        return self._in_process(SimulatedWorker(self.machine), work, plan or {})
+
+    def _in_process[Process: RelayProcess](
+        self, process: Process, work: Callable[[Process], object], plan: Plan
+    ) -> bool:
+        done = self.run(process.process, plan, partial(work, process))
         process.kill()
+        return done
 
-    def _living(self, number: int) -> ModelSpooler:
+    def _new_spooler(self) -> SimulatedSpooler:
+        return SimulatedSpooler(self.machine, self.accepted.update)
+
+    def _living(self, number: int) -> SimulatedSpooler:
         self.spoolers = [spooler for spooler in self.spoolers if spooler.alive]
         if not self.spoolers:
-            self.spoolers.append(ModelSpooler(self.disk, self.database))
+            self.spoolers.append(self._new_spooler())
         return self.spoolers[number % len(self.spoolers)]
-
-    def _reply(self) -> None:
-        """250 to those whose rows are made; a process that has ended sends no reply."""
-        for queue_id, spooler in [*self.waiting.items()]:
-            if not spooler.alive:
-                del self.waiting[queue_id]
-            elif spooler.committed(queue_id):
-                del self.waiting[queue_id]
-                self.accepted.add(queue_id)
 
     # Spoolers
 
@@ -201,13 +307,13 @@ class JournalHistory(RuleBasedStateMachine):
     def start(self) -> None:
         self._living(0)
         if len(self.spoolers) < SPOOLERS:
-            self.spoolers.append(ModelSpooler(self.disk, self.database))
+            self.spoolers.append(self._new_spooler())
 
     @rule(
         number=numbers,
-        sizes=st.lists(st.sampled_from([0, 10, 300, 3000, 9000]), min_size=1, max_size=3),
+        sizes=st.lists(st.sampled_from([0, 10, 300, 3000, 7000]), min_size=1, max_size=3),
         plan=append_plans,
-        late=st.booleans(),
+        wait=st.booleans(),
         deep=st.booleans(),
         after=st.sampled_from(["lives", "dies", "is replaced"]),
     )
@@ -216,64 +322,62 @@ class JournalHistory(RuleBasedStateMachine):
         number: int,
         sizes: Sequence[int],
         plan: Plan,
-        late: bool,
+        wait: bool,
         deep: bool,
         after: str,
     ) -> None:
-        """`late`: the reply goes out at the sync, because the database does not keep up. `after`:
-        the process may be killed then, and another one may make its rows."""
+        """`wait`: the reply waits for the rows. `after`: the process may be killed then, and
+        another one may make its rows."""
         spooler = self._living(number)
-        records = [self._message(size) for size in sizes]
+        records = []
+        for size in sizes:
+            record = new_record(len(self.bodies), size, self.clock.now)
+            self.bodies[record.queue_id] = bytes(record.body)
+            records.append(record)
         try:
-            stored = self.run(spooler.process, plan, lambda: spooler.append(records), deep=deep)
+            self.run(spooler.process, plan, lambda: spooler.store(records, wait=wait), deep=deep)
         except AppendFailed:
-            stored = False
             self.refused.update(record.queue_id for record in records)
-            assert not self.refused & {*self.database.messages}
-        if stored and late:
-            self.accepted.update(record.queue_id for record in records)
-        elif stored:
-            self.waiting |= {record.queue_id: spooler for record in records}
+            assert not self.refused & self.accepted
+            assert not self.refused & self.present.keys()
         if after != "lives":
-            spooler.process.kill()
-            self._reply()
+            spooler.kill()
         if after == "is replaced":
             other = self._living(0)
-            self.run(other.process, {}, other.adopt)
-            self.run(other.process, {}, other.commit)
+            self.run(other.process, {}, other.committer.adopt)
+            self.run(other.process, {}, other.committer.drain)
 
-    def _message(self, size: int) -> JournalRecord:
-        queue_id = f"{len(self.bodies) + (1 << 100):032x}"
-        body = (queue_id.encode() * (size // 32 + 1))[:size]
-        self.bodies[queue_id] = body
-        return JournalRecord(RecordKind.MESSAGE, queue_id, b"envelope " + queue_id.encode(), body)
-
-    @rule(number=numbers, plan=commit_plans, from_memory=st.booleans(), deep=st.booleans())
-    def commit(self, number: int, plan: Plan, from_memory: bool, deep: bool) -> None:
+    @rule(number=numbers, plan=commit_plans, deep=st.booleans())
+    def commit(self, number: int, plan: Plan, deep: bool) -> None:
         spooler = self._living(number)
-        self.run(spooler.process, plan, lambda: spooler.commit(from_memory=from_memory), deep=deep)
-        self._reply()
+        self.run(spooler.process, plan, spooler.committer.drain, deep=deep)
 
-    @rule(number=numbers, plan=commit_plans, from_memory=st.booleans())
-    def store(self, number: int, plan: Plan, from_memory: bool) -> None:
+    @rule(number=numbers, plan=commit_plans)
+    def store(self, number: int, plan: Plan) -> None:
         """The usual way of a message, with an interruption of the transaction and a second try."""
-        self.append(number, [10], {}, late=False, deep=False, after="lives")
-        self.commit(number, plan, from_memory, deep=True)
-        self.commit(number, {}, from_memory, deep=False)
+        self.append(number, [10], {}, wait=True, deep=False, after="lives")
+        self.commit(number, plan, deep=True)
+        self.commit(number, {}, deep=False)
 
     @rule(number=numbers, plan=adopt_plans, deep=st.booleans())
     def adopt(self, number: int, plan: Plan, deep: bool) -> None:
         spooler = self._living(number)
-        self.run(spooler.process, plan, spooler.adopt, deep=deep)
+        self.run(spooler.process, plan, spooler.committer.adopt, deep=deep)
 
-    @rule(number=numbers, which=numbers)
-    def adopt_by_order(self, number: int, which: int) -> None:
+    @rule(which=numbers, plan=plans(*CALLS, most=1))
+    def adopt_by_order(self, which: int, plan: Plan) -> None:
         """An operator believes that an owner has ended."""
+        names = [name for _, name in self.look().segments(OWNED)]
+        if names:
+            name = names[which % len(names)]
+            command = SimulatedCommand(self.machine)
+            self._in_process(command, lambda one: one.adopt(name), plan)
+
+    @rule(number=numbers, plan=commit_plans)
+    def stop(self, number: int, plan: Plan) -> None:
         spooler = self._living(number)
-        segments = [segment for segment, _ in self.look().segments(".segment")]
-        if segments:
-            segment = segments[which % len(segments)]
-            self.run(spooler.process, {}, lambda: spooler.adopt(forced=segment))
+        self.run(spooler.process, plan, spooler.stop)
+        spooler.kill()
 
     @rule(number=numbers)
     def lose_locks(self, number: int) -> None:
@@ -281,89 +385,88 @@ class JournalHistory(RuleBasedStateMachine):
 
     @rule(number=numbers)
     def kill(self, number: int) -> None:
-        self._living(number).process.kill()
-        self._reply()
+        self._living(number).kill()
+
+    @rule(seconds=st.sampled_from([0.3, 1.0, SPARSE, 2 * RETENTION]))
+    def pass_time(self, seconds: float) -> None:
+        self.clock.now += seconds
+        for spooler in self.spoolers:
+            if spooler.alive:
+                self.run(spooler.process, {}, spooler.committer.step)
+                spooler.reply_overdue(1.0)
 
     @rule(cut=st.sampled_from(PowerCut), seed=st.integers(0, 1000))
     def cut_power(self, cut: PowerCut, seed: int) -> None:
         self.disk.lose_power(cut, seed)
-        learn_mark(self.disk)
-        self._reply()
-        self._reconsider()
 
     # The database and the operator
 
     @rule()
     def back_up(self) -> None:
-        self.backups.append((self.database.snapshot(), {*self.rows}))
+        copy = self.database.back_up()
+        self.backups.append(Backup(copy, frozenset(self.rows), frozenset(self.delivered)))
 
     @precondition(lambda self: self.backups)
-    @rule(number=numbers)
-    def restore(self, number: int) -> None:
-        """The database is as it was. What this spool had meanwhile comes on hold, if the spool can
-        tell."""
-        backup, rows = self.backups[number % len(self.backups)]
-        self.forgotten |= self.rows - rows
-        self.database.restore(backup)
-        self._reconsider()
-
-    def _reconsider(self) -> None:
-        """A restored database whose mark the spool does not miss is as good as the lost one."""
-        if not self.older():
-            self.rows -= self.forgotten
-            self.forgotten.clear()
+    @rule(number=numbers, live=st.booleans())
+    def restore(self, number: int, live: bool) -> None:
+        """The database is as it was. What this spool had meanwhile comes on hold, if the mark can
+        tell. `live`: connections go on, and do not notice."""
+        backup = self.backups[number % len(self.backups)]
+        self.database.restore(backup.database, live=live)
+        self.rows, self.delivered = {*backup.rows}, {*backup.delivered}
+        self.present = {row.queue_id: row.state for row in self.messages()}
+        known = max(one for one in self.covered if one <= self.durable_mark())
+        rows, delivered = self.covered[known]
+        self.may_come_again = self.had_rows - self.rows - rows
+        self.may_be_sent_again = self.done - self.delivered - delivered
 
     @precondition(lambda self: self.older())
-    @rule()
-    def rebuild(self) -> None:
+    @rule(plan=work_plans)
+    def rebuild(self, plan: Plan) -> None:
         for spooler in self.spoolers:
-            spooler.process.kill()
-        self._reply()
+            spooler.kill()
         self.rebuilding = True
-        rebuild(self.disk, self.database)
+        for each in (plan, {}):
+            command = SimulatedCommand(self.machine, guarded=False)
+            self._in_process(command, SimulatedCommand.rebuild, each)
         self.rebuilding = False
-        self.forgotten.clear()
 
     # Workers
 
-    @rule(numbers=st.sets(numbers))
-    def deliver(self, numbers: set[int]) -> None:
-        messages = [*self.database.messages]
-        self._deliver([messages[number] for number in numbers if number < len(messages)])
+    @rule(numbers=st.sets(numbers), advances=st.booleans())
+    def deliver(self, numbers: set[int], advances: bool) -> None:
+        ids = [*self.present]
+        self._deliver([ids[number] for number in numbers if number < len(ids)])
+        if advances:
+            self._work(lambda worker: worker.mark.advance(worker.engine))
 
     def _deliver(self, queue_ids: Sequence[str]) -> None:
-        """A worker claims nothing from an older database."""
-        if not self.older():
-            for queue_id in queue_ids:
-                self.database.messages[queue_id].needed = False
-                self.done.add(queue_id)
+        self._work(lambda worker: worker.deliver(queue_ids))
+
+    def _purge(self) -> None:
+        """Retention."""
+        self.clock.now += 2 * RETENTION
+        self._work(SimulatedWorker.purge)
 
     @rule()
     def purge(self) -> None:
         self._purge()
 
-    def _purge(self) -> None:
-        """Retention."""
-        if not self.older():
-            for queue_id, row in [*self.database.messages.items()]:
-                if not row.needed:
-                    del self.database.messages[queue_id]
-
     @rule(plan=work_plans)
-    def remove(self, plan: Plan) -> None:
-        process = self.disk.start_process()
-        session = DatabaseSession(self.database, process)
-        directory = SimulatedDirectory(process)
-        self.run(process, plan, lambda: remove_segments(directory, session))
-        process.kill()
+    def clean(self, plan: Plan) -> None:
+        self._work(SimulatedWorker.clean, plan)
 
     @rule(plan=work_plans)
     def compact(self, plan: Plan) -> None:
-        process = self.disk.start_process()
-        session = DatabaseSession(self.database, process)
-        directory = SimulatedDirectory(process)
-        self.run(process, plan, lambda: compact(directory, session))
-        process.kill()
+        """A turn finds sparse segments; a later one copies them, and the next one removes them."""
+        self._work(SimulatedWorker.clean)
+        self.clock.now += SPARSE
+        self._work(SimulatedWorker.clean, plan)
+        self._work(SimulatedWorker.clean)
+
+    @rule(plan=work_plans)
+    def remove_copies(self, plan: Plan) -> None:
+        self._work(lambda worker: worker.store.remove_unused_copies(), plan)
 
     # The end
 
@@ -371,44 +474,85 @@ class JournalHistory(RuleBasedStateMachine):
     def settle(self, cut: PowerCut) -> None:
         """Everything starts again after a power cut, and makes the rows of what there is."""
         self.cut_power(cut, 1)
+        self._living(0)
         if self.older():
-            self.rebuild()
+            self.rebuild({})
         spooler = self._living(0)
-        spooler.adopt()
-        spooler.commit()
-        assert not spooler.segments
+        spooler.committer.adopt()
+        spooler.committer.drain()
+        assert not spooler.committer.lag().messages
+        states = {row.queue_id: row for row in self.messages()}
         for queue_id in self.accepted - self.done:
-            row = self.database.messages.get(queue_id)
-            assert row is not None, f"{queue_id} is lost"
-            assert row.needed
-        assert not self.refused & {*self.database.messages}
+            assert queue_id in states, f"{queue_id} is lost"
+            assert states[queue_id].needed
+        assert not self.refused & states.keys()
         self.bodies_are_readable()
 
     def teardown(self) -> None:
-        self.settle(PowerCut.LOSES_ALL)
-        self._deliver([*self.database.messages])
-        self._purge()
-        for _ in range(3):  # a segment with a void goes after the one that it voids
-            self._work(remove_segments)
-        assert {name[32:] for name in self.look().names()} <= {COPY, NEW}
+        try:
+            self.settle(PowerCut.LOSES_ALL)
+            self._release()
+            self._finish_all()
+            for _ in range(4):  # a segment with a void goes after the one that it voids
+                self.clock.now += SPARSE
+                self._work(SimulatedWorker.clean)
+            self._work(lambda worker: worker.store.remove_unused_copies())
+            assert {name[32:] for name in self.look().names() if name != MARK} <= {NEW}
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close everything, and remove the database."""
+        self.database.close()
+        while self.backups:
+            self.backups.pop().database.close()
+        shutil.rmtree(self.database.path.parent, ignore_errors=True)
+
+    def _release(self) -> None:
+        """An operator lets everything go that is on hold."""
+        self.may_be_sent_again |= {id_ for id_, state in self.present.items() if state == "held"}
+        self.database.observer.execute(
+            "UPDATE deliveries SET state = 'queued', due_at = 0 WHERE state = 'held'"
+        )
 
 
 @pytest.fixture
-def counted_ids(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ids without chance, so that a history can be repeated."""
-    numbers = iter(range(1, 1 << 60))
-    for module in (copying, supply):
-        monkeypatch.setattr(module, "new_id", lambda: f"{next(numbers):032x}")
+def new_history(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sqlite_template: Path
+) -> Iterator[Callable[[], JournalHistory]]:
+    """Makes histories. Neither chance nor time is in them, so they can be repeated."""
+    directory, ids, histories = tmp_path / "history", count(1), list[JournalHistory]()
+    monkeypatch.setattr(engine, "write_lock", turn_to_write)
+    monkeypatch.setattr(committer, "MAX_HELD", 2)  # the rest is read from the segment
+    for module in (committer, replay):
+        monkeypatch.setattr(module, "MAX_ROWS", 3)
+    timed = (committer, replay, segments, copying, supply, rebuild, cleaner)
+
+    def new() -> JournalHistory:
+        while histories:  # it failed, or is closed already
+            histories.pop().close()
+        directory.mkdir()
+        history = JournalHistory(directory, sqlite_template / "relay.db")
+        for module in timed:
+            monkeypatch.setattr(module, "time", history.clock)
+        for module in (copying, supply, mark):
+            monkeypatch.setattr(module, "new_id", lambda: new_id(next(ids), history.clock.now))
+        histories.append(history)
+        return history
+
     with capture_logs():
-        yield
+        yield new
+    for history in histories:
+        history.close()
 
 
-@pytest.mark.usefixtures("counted_ids")
-def test_no_crash_loses_a_message_or_makes_it_come_twice() -> None:
+def test_no_crash_loses_a_message_or_makes_it_come_twice(
+    new_history: Callable[[], JournalHistory],
+) -> None:
     # To have a failing history made shorter, which takes minutes, take `phases` away.
     checks: Sequence[HealthCheck] = [HealthCheck.too_slow, HealthCheck.data_too_large]
     run_state_machine_as_test(
-        JournalHistory,
+        cast("type[JournalHistory]", new_history),  # it may be any callable
         settings=settings(
             max_examples=EXAMPLES,
             stateful_step_count=40,
@@ -423,90 +567,85 @@ def test_no_crash_loses_a_message_or_makes_it_come_twice() -> None:
 # Histories that chance seldom finds
 
 
-@pytest.mark.usefixtures("counted_ids")
-def test_a_restored_database_is_noticed_before_a_segment_is_replayed() -> None:
-    history = JournalHistory()
+def test_a_restored_database_is_noticed_before_a_segment_is_replayed(
+    new_history: Callable[[], JournalHistory],
+) -> None:
+    history = new_history()
     history.back_up()
-    history.append(0, [10], {}, late=False, deep=False, after="lives")
-    history.commit(0, {}, from_memory=True, deep=False)
-    history.restore(0)
+    history.append(0, [10], {}, wait=True, deep=False, after="lives")
+    history.commit(0, {}, deep=False)
+    history.restore(0, live=False)
     history.kill(0)
     history.adopt(0, {}, deep=False)
-    history.commit(0, {}, from_memory=False, deep=False)
-    assert not history.database.messages
+    history.commit(0, {}, deep=False)
+    assert not history.present
     history.teardown()
 
 
-@pytest.mark.usefixtures("counted_ids")
-def test_a_mark_that_the_power_took_away_is_read_from_the_batches() -> None:
-    history = JournalHistory()
+def test_a_mark_that_the_power_took_away_is_read_from_the_batches(
+    new_history: Callable[[], JournalHistory],
+) -> None:
+    history = new_history()
     history.back_up()
     for _ in range(2):
-        history.append(0, [10], {}, late=False, deep=False, after="lives")
-        history.commit(0, {}, from_memory=True, deep=False)
-    history.cut_power(PowerCut.LOSES_ALL, 1)
-    history.restore(0)
+        history.append(0, [10], {}, wait=True, deep=False, after="lives")
+        history.commit(0, {}, deep=False)
+    history.look().unlink(MARK)
+    history.restore(0, live=False)
     assert history.older()
     history.teardown()
 
 
-@pytest.mark.usefixtures("counted_ids")
-def test_an_adopter_sees_the_void_that_was_written_just_before_its_rename() -> None:
+def test_an_adopter_sees_the_void_that_was_written_just_before_its_rename(
+    new_history: Callable[[], JournalHistory],
+) -> None:
     """An owner that lives answers 451 while the adopter waits for the database."""
-    history = JournalHistory()
-    history.append(0, [10], {}, late=False, deep=False, after="lives")
-    owner, adopter = history.spoolers[0], ModelSpooler(history.disk, history.database)
+    history = new_history()
+    history.append(0, [10], {}, wait=True, deep=False, after="lives")
+    owner, adopter = history.spoolers[0], SimulatedSpooler(history.machine, set[str]().update)
 
     def fail() -> None:
-        history.append(
-            0, [10], {("sync", 0): Interruption.FAIL}, late=False, deep=False, after="dies"
-        )
+        failed = {("sync", 0): Interruption.FAIL}
+        history.append(0, [10], failed, wait=True, deep=False, after="dies")
         assert len(history.refused) == 1
 
-    adopter.process.expect({("transaction", 0): Interruption.PAUSE}, fail)
-    adopter.adopt()
+    adopter.process.expect({("query", 0): Interruption.PAUSE}, fail)
+    adopter.committer.adopt()
     assert not owner.alive
-    adopter.commit()
-    assert len(history.database.messages) == 1
+    adopter.committer.drain()
+    assert len(history.present) == 1
     history.teardown()
 
 
-@pytest.mark.usefixtures("counted_ids")
-def test_a_compaction_that_sleeps_moves_no_row_that_another_one_has_moved() -> None:
-    """The copy of the sleeper may be removed before it wakes up, because no row points to it."""
-    history = JournalHistory()
-    history.append(0, [10], {}, late=False, deep=False, after="is replaced")
-    process = history.disk.start_process()
-    session, directory = DatabaseSession(history.database, process), SimulatedDirectory(process)
-
-    def another() -> None:
-        known = {row.place.segment for row in history.database.messages.values()}
-        before = {name for name in history.look().names() if name.endswith(COPY)}
-        history.compact({})
-        moved = {row.place.segment for row in history.database.messages.values()}
-        assert moved != known
-        for name in before:
-            history.look().unlink(name)
-
-    process.expect({("transaction", 1): Interruption.PAUSE}, another)
-    compact(directory, session)
-    history.bodies_are_readable()
-    history.teardown()
-
-
-@pytest.mark.usefixtures("counted_ids")
-def test_a_void_outlives_the_segment_of_its_batch() -> None:
+def test_a_void_outlives_the_segment_of_its_batch(
+    new_history: Callable[[], JournalHistory],
+) -> None:
     """A rebuild reads the segment again, whose first message still waits. Random histories seldom
     come here."""
-    history = JournalHistory()
+    history = new_history()
     history.back_up()
-    history.append(0, [10], {}, late=False, deep=False, after="lives")
-    history.commit(0, {}, from_memory=True, deep=False)
+    history.append(0, [10], {}, wait=True, deep=False, after="lives")
+    history.commit(0, {}, deep=False)
     failed = {("sync", 0): Interruption.FAIL}
-    history.append(0, [10], failed, late=False, deep=False, after="is replaced")
+    history.append(0, [10], failed, wait=True, deep=False, after="is replaced")
     assert len(history.refused) == 1
-    history.remove({})
-    history.restore(0)
-    history.rebuild()
-    assert len(history.database.messages) == 1
+    history.clean({})
+    history.restore(0, live=False)
+    history.rebuild({})
+    assert len(history.present) == 1
+    history.teardown()
+
+
+def test_a_database_that_lacks_a_compaction_is_noticed_if_the_old_segment_is_gone(
+    new_history: Callable[[], JournalHistory],
+) -> None:
+    """Two workers may compact and remove within a moment. The restored rows lead to the segment
+    that is gone, and a copy to which no row leads is removed as a leftover."""
+    history = new_history()
+    history.append(0, [10], {}, wait=True, deep=False, after="is replaced")
+    history.back_up()
+    history.compact({})
+    assert not [*history.look().segments(OWNED, ADOPTED)]
+    history.restore(0, live=False)
+    assert history.older()
     history.teardown()
