@@ -16,6 +16,11 @@ def new_id() -> str:
     return f"{value:032x}"
 
 
+def made_at(queue_id: str) -> float:
+    """When an id was made, in seconds since 1970, by the clock of its maker."""
+    return int(queue_id[:12], 16) / 1000
+
+
 def lock_key(queue_id: str) -> int:
     """The key of an advisory lock for an id (PostgreSQL's bigint): its 62 random bits."""
     return int.from_bytes(bytes.fromhex(queue_id[16:]), signed=True)

@@ -1,5 +1,8 @@
 """Removes and compacts segments of the journal, one worker at a time (`relay.spool.segments`)."""
 
+import time
+from collections.abc import Callable
+
 from sqlalchemy import Engine
 
 from relay.log import get_logger
@@ -12,19 +15,28 @@ from worker.periodic import PeriodicThread
 
 log = get_logger(__name__)
 INTERVAL = 10.0  # seconds
+COPIES_INTERVAL = 3600.0  # seconds between two searches for copies that are not used
 LOCK_KEY = 7_126_280_002  # of the advisory lock; any number that nothing else uses
 
 
 class SegmentCleaner(PeriodicThread):
     """`turn` is one turn."""
 
-    def __init__(self, settings: Settings, engine: Engine, spool: Spool) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        engine: Engine,
+        spool: Spool,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         super().__init__("segments", INTERVAL)
         self._engine, self._spool = engine, spool
         self._store = SegmentStore(
             engine, JournalDirectory(spool.handle), spool.identity, settings.retention
         )
-        self._copies_checked = False
+        self._clock = clock
+        self._search_copies_at = clock()
 
     def turn(self) -> None:
         """Look at the segments that are due, if no other worker does."""
@@ -32,9 +44,9 @@ class SegmentCleaner(PeriodicThread):
             if not locked:
                 return
             self._spool.checked_handle()
-            if not self._copies_checked:
+            if (now := self._clock()) >= self._search_copies_at:
                 self._store.remove_unused_copies()
-                self._copies_checked = True
+                self._search_copies_at = now + COPIES_INTERVAL
             turn = self._store.turn()
         if turn.removed or turn.copied:
             log.info("segments removed", segments=turn.removed, copied=turn.copied)

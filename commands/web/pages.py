@@ -27,6 +27,7 @@ from commands.web.overview import Overview
 from commands.web.text import address, unbroken
 from commands.web.timeline import timeline
 from relay.db.engine import is_outage
+from relay.ids import made_at
 from relay.log import get_logger
 from relay.queue.outcome import Outcome
 from relay.queue.states import State
@@ -352,4 +353,4 @@ def _batched(lines: Iterator[str]) -> Iterator[str]:
 
 def _received(queue_id: str) -> str:
     """The time in a queue id (UUIDv7: its first 48 bits are milliseconds)."""
-    return stamp(datetime.fromtimestamp(int(queue_id[:12], 16) / 1000, UTC))
+    return stamp(datetime.fromtimestamp(made_at(queue_id), UTC))

@@ -1,18 +1,20 @@
 -- Segments that may be removed or compacted (relay/spool/segments.py), on PostgreSQL.
 
 -- name: due_segments
--- Sealed segments to look at, the oldest first: soon after they were sealed, and the older they are
--- the more seldom, but every :longest seconds.
+-- Sealed segments to look at: those that were not looked at yet, then the most overdue ones. A
+-- segment is due soon after it was sealed, and the older it is the more seldom, but every :longest
+-- seconds. What counts is how many of its own intervals have passed, so the many that wait for long
+-- do not hold up those that are new.
 SELECT replace(CAST(id AS text), '-', '') AS id, messages,
     replace(CAST(least_id AS text), '-', '') AS least,
     replace(CAST(greatest_id AS text), '-', '') AS greatest,
     CAST(extract(epoch FROM now() - sparse_since) AS float8) AS sparse
-FROM segments
-WHERE sealed_at IS NOT NULL
-    AND (checked_at IS NULL
-        OR checked_at < now() - least(CAST(:longest AS float8),
-            extract(epoch FROM now() - sealed_at) / 8) * interval '1 second')
-ORDER BY sealed_at LIMIT :most;
+FROM (
+    SELECT *, extract(epoch FROM now() - checked_at)
+        / greatest(1, least(:longest, extract(epoch FROM now() - sealed_at) / 8)) AS intervals
+    FROM segments WHERE sealed_at IS NOT NULL) AS sealed
+WHERE checked_at IS NULL OR intervals >= 1
+ORDER BY intervals DESC NULLS FIRST, sealed_at LIMIT :most;
 
 -- name: unfinished_between
 -- How many messages of a segment have rows, and whether any delivery between the least and the
@@ -28,7 +30,7 @@ SELECT
 
 -- name: needs
 -- Of the records in `:records` those that a delivery needs, and those without a row that are
--- younger than :retention, whose rows may have been lost.
+-- younger than :oldest, whose rows may have been lost.
 SELECT replace(CAST(x.id AS text), '-', '') AS id, x.position, m.id IS NOT NULL AS has_row
 FROM json_to_recordset(CAST(:records AS json)) AS x(id uuid, position bigint)
 LEFT JOIN messages m ON m.id = x.id
@@ -51,6 +53,20 @@ SELECT CAST(extract(epoch FROM now()) AS float8) AS seconds;
 UPDATE segments SET checked_at = now(), live_bytes = :live,
     sparse_since = CASE WHEN :sparse THEN coalesce(sparse_since, now()) END
 WHERE id = :segment;
+
+-- name: postpone
+-- Segments that could not be looked at: others come first.
+UPDATE segments SET checked_at = now()
+WHERE id = ANY (ARRAY(
+    SELECT CAST(value AS uuid) FROM json_array_elements_text(CAST(:ids AS json))));
+
+-- name: look_again
+-- Segments for which a turn had no time: they come in the next turn, behind all others that are due.
+UPDATE segments
+SET checked_at = now() - least(:longest, extract(epoch FROM now() - sealed_at) / 8)
+    * interval '1 second'
+WHERE id = ANY (ARRAY(
+    SELECT CAST(value AS uuid) FROM json_array_elements_text(CAST(:ids AS json))));
 
 -- name: delete_segment
 DELETE FROM segments WHERE id = :segment;
@@ -75,6 +91,6 @@ WHERE id = ANY (ARRAY(
 SELECT replace(CAST(id AS text), '-', '') AS id FROM segments;
 
 -- name: total_live
--- Bytes of bodies that deliveries need, as last seen, in sealed segments.
+-- Bytes that deliveries need, as last seen, in sealed segments.
 SELECT count(*) AS segments, CAST(coalesce(sum(live_bytes), 0) AS bigint) AS live FROM segments
 WHERE sealed_at IS NOT NULL;

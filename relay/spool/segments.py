@@ -4,6 +4,8 @@
 ids tells that a segment has no unfinished delivery, which is the rule for mail that is delivered at
 once. Otherwise the ids in the file are compared with the rows. A segment of which less than a
 quarter has been needed for ten minutes is compacted: what is needed of several goes to one copy.
+A needed record counts with its envelope, and with its part of its batch's padding. So a segment of
+which all is needed is never compacted, and a copy is compacted again only when mail in it is done.
 
 What must stay true:
 - a segment is removed only if no delivery needs a record of it, and no record lacks its row that is
@@ -15,33 +17,36 @@ What must stay true:
 - the mark of the spool rises, and is on the disk, before a segment goes whose bodies may have been
   moved: a restored database that has the old places must be noticed (`relay.spool.mark`), and the
   copy, to which no row of it points, must not be taken for a leftover;
-- a segment that declares a batch void outlives the segment of that batch.
+- a segment that declares a batch void outlives the segment of that batch;
+- a segment that fails, or waits, does not keep the others from their turn.
 """
 
 import json
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator
+from contextlib import closing, contextmanager, suppress
+from itertools import groupby
 from typing import NamedTuple
 
 from sqlalchemy import Connection, Engine
 
 from relay.db.engine import reading, writing
 from relay.db.sql import Queries
-from relay.ids import dashed
-from relay.log import get_logger
+from relay.ids import dashed, made_at
+from relay.log import first_line, get_logger
 from relay.spool.journal.adoption import voided_batches, voided_from
 from relay.spool.journal.copying import write_copy
 from relay.spool.journal.directory import ADOPTED, COPY, OWNED, JournalDirectory, SegmentFile
 from relay.spool.journal.format import (
-    CHECKSUM_SIZE,
+    BLOCK,
     JournalFormatError,
     JournalRecord,
     Place,
     SegmentHeader,
+    VoidedBatch,
     decode_record,
 )
-from relay.spool.journal.scan import first_void, read_header, scan_ids
+from relay.spool.journal.scan import first_void, scan_shares
 from relay.spool.mark import SpoolMark
 
 log = get_logger(__name__)
@@ -50,17 +55,18 @@ LONGEST = 600.0  # seconds between two looks at a segment
 SPARSE = 0.25  # less than so much of the segment is needed
 SPARSE_SECONDS = 600.0
 COPY_SIZE = 8 << 20
-"""Bytes of bodies that one turn copies at most, which bounds the rate of compaction."""
+"""Octets of records that one turn copies at most, which bounds the rate of compaction."""
 
 
-class LiveBody(NamedTuple):
-    """A body in a segment: its message, its place, its record, its size, and whether its message
-    has a row."""
+class LiveRecord(NamedTuple):
+    """A record whose body is needed. `position` is the body's, and `start` the record's. `share`:
+    the octets that it takes with its part of the padding; `has_row`: its message has a row."""
 
     queue_id: str
     position: int
-    record: int
+    start: int
     size: int
+    share: int
     has_row: bool = False
 
 
@@ -79,6 +85,30 @@ class CleaningTurn(NamedTuple):
 
     removed: int = 0
     copied: int = 0
+
+
+class _Selection:
+    """The records that a turn copies, with their segments: COPY_SIZE octets, or one record.
+    `waiting`: segments of which not everything fits."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[str, LiveRecord]] = []
+        self.waiting: list[str] = []
+        self._size = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether something did not fit."""
+        return bool(self.waiting)
+
+    def add(self, segment: str, records: Collection[LiveRecord]) -> None:
+        """Take as many records of a segment as fit."""
+        for record in records:
+            if self.records and self._size + record.size > COPY_SIZE:
+                self.waiting.append(segment)
+                return
+            self.records.append((segment, record))
+            self._size += record.size
 
 
 class BodyMove(NamedTuple):
@@ -115,32 +145,24 @@ class SegmentStore:
     ) -> None:
         self._engine, self._directory, self._spool = engine, directory, spool
         self._retention = retention
-        self._queries = Queries(engine, __name__)
+        self._queries = Queries(engine, __name__, longest=LONGEST)
         self._moves_covered = False  # in this turn
 
     def turn(self) -> CleaningTurn:
-        """Look at the segments that are due. Raises OSError and the database's errors; the next
-        turn goes on."""
+        """Look at the segments that are due. One that fails is logged, and a later turn looks at it
+        again. Raises the database's errors, and OSError if no copy can be written."""
         self._moves_covered = False
-        removed, sparse = 0, dict[str, list[LiveBody]]()
-        for due in self._due():
-            if self._all_finished(due):
-                removed += self._remove(due.id)
-                continue
-            with self._opened(due.id) as file:
-                needed = self._needed(due.id, file) if file else []
-                size = file.size() if file else 0
-            if not needed:
-                self._cover_moves()
-                removed += self._remove(due.id)
-                continue
-            live = sum(body.size for body in needed)
-            # A record without a row cannot be moved, so its segment stays as it is.
-            movable = all(body.has_row for body in needed)
-            if movable and live < SPARSE * size and (due.sparse or 0.0) >= SPARSE_SECONDS:
-                sparse[due.id] = needed
-            self._looked_at(due.id, live, sparse=live < SPARSE * size)
-        return CleaningTurn(removed, self._compact(sparse))
+        removed, selection, due = 0, _Selection(), self._due()
+        # Those of due segments were declared before: a segment is sealed after its last write.
+        voids = voided_batches(self._directory) if due else set()
+        for one in due:
+            try:
+                removed += self._look_at(one, voids, selection)
+            except Exception as error:
+                self._run_for("postpone", [one.id])  # raises if the database is away
+                log.error("segment not checked", segment=one.id, reason=first_line(error))
+        self._run_for("look_again", selection.waiting)
+        return CleaningTurn(removed, self._compact(selection.records))
 
     def usage(self) -> tuple[int, int]:
         """How many sealed segments there are, and the bytes in them that deliveries needed when
@@ -151,24 +173,55 @@ class SegmentStore:
 
     def remove_unused_copies(self, older_than: float = 3600.0) -> int:
         """Remove copies without a row that no message points to: a compaction was interrupted. The
-        number of them. A younger one may be about to get its row."""
+        number of them. A younger one may be about to get its row. One that fails is logged."""
         with reading(self._engine) as connection:
             known = {*self._queries.run(connection, "known_segments").scalars()}
         removed = 0
-        for segment, _ in [*self._directory.segments(COPY)]:
-            with self._opened(segment) as file:
-                if segment in known or file is None or not file.lock():
-                    continue
-                if time.time() - read_header(file).created_at / 1e6 < older_than:
-                    continue
-                if not self._needed(segment, file, missing=False):
-                    removed += self._remove(segment)
+        for segment, name in [*self._directory.segments(COPY)]:
+            if segment in known or time.time() - made_at(segment) < older_than:
+                continue
+            try:
+                removed += self._remove_unused(segment, name)
+            except Exception as error:
+                log.error("segment not checked", segment=segment, reason=first_line(error))
         return removed
+
+    def _remove_unused(self, segment: str, name: str) -> bool:
+        try:
+            file = self._directory.open(name, write=True)  # NFS locks for a writer only
+        except FileNotFoundError:
+            return False
+        with closing(file):
+            return file.lock() and not self._needed(segment, file, set()) and self._remove(segment)
 
     def _due(self) -> list[_Due]:
         with reading(self._engine) as connection:
-            rows = self._queries.run(connection, "due_segments", longest=LONGEST, most=LOOKS)
+            rows = self._queries.run(connection, "due_segments", most=LOOKS)
             return [_Due(*row) for row in rows]
+
+    def _look_at(self, due: _Due, voids: set[VoidedBatch], selection: _Selection) -> bool:
+        """Remove a segment if nothing of it is needed; whether it was. Select what must be copied
+        first. Raises OSError and the database's errors."""
+        if self._all_finished(due):
+            return self._remove(due.id)
+        long_sparse = (due.sparse or 0.0) >= SPARSE_SECONDS
+        if long_sparse and selection.full:  # a scan for nothing
+            selection.waiting.append(due.id)
+            return False
+        with self._opened(due.id) as file:
+            needed = self._needed(due.id, file, voids) if file else []
+            size = file.size() if file else 0
+        if not needed:
+            self._cover_moves()
+            return self._remove(due.id)
+        live = sum(record.share for record in needed)
+        sparse = live < SPARSE * size
+        self._looked_at(due.id, live, sparse=sparse)
+        # A record without a row cannot be moved, so its segment stays as it is.
+        movable = all(record.has_row for record in needed)
+        if movable and sparse and long_sparse:
+            selection.add(due.id, needed)
+        return False
 
     def _all_finished(self, due: _Due) -> bool:
         if due.least is None or due.greatest is None:
@@ -183,24 +236,21 @@ class SegmentStore:
             ).one()
         return row.messages == due.messages and not row.unfinished
 
-    def _needed(self, segment: str, file: SegmentFile, *, missing: bool = True) -> list[LiveBody]:
-        """The bodies of a segment that deliveries need. `missing`: also those whose rows may have
-        been lost."""
-        void_from = voided_from(voided_batches(self._directory), segment)
+    def _needed(self, segment: str, file: SegmentFile, voids: set[VoidedBatch]) -> list[LiveRecord]:
+        """The records of a segment whose bodies deliveries need, or whose rows may have been
+        lost."""
+        void_from = voided_from(voids, segment)
         bodies = {
-            (record.queue_id, record.position): LiveBody(
-                record.queue_id,
-                record.position,
-                record.start,
-                len(memoryview(record.body)),
+            (record.queue_id, record.position): LiveRecord(
+                record.queue_id, record.position, record.start, record.size, share
             )
-            for record in scan_ids(file, SegmentHeader(segment, "", 0, ""))
+            for record, share in scan_shares(file, SegmentHeader(segment, "", 0, ""))
             if record.in_journal and record.start < void_from
         }
         records = [{"id": dashed(one), "position": position} for one, position in bodies]
         with reading(self._engine) as connection:
             now = self._queries.run(connection, "now").scalar()
-            oldest = max(0, int((now - self._retention) * 1000)) << 80 if missing else 2**128 - 1
+            oldest = max(0, int((now - self._retention) * 1000)) << 80
             rows = self._queries.run(
                 connection,
                 "needs",
@@ -218,6 +268,12 @@ class SegmentStore:
             self._queries.run(
                 connection, "looked_at", segment=dashed(segment), live=live, sparse=sparse
             )
+
+    def _run_for(self, statement: str, segments: Collection[str]) -> None:
+        if segments:
+            ids = json.dumps([dashed(segment) for segment in segments])
+            with writing(self._engine) as connection:
+                self._queries.run(connection, statement, ids=ids)
 
     def _cover_moves(self) -> None:
         """A segment whose messages all have their rows, and here, goes without it: also when the
@@ -253,57 +309,52 @@ class SegmentStore:
         self._directory.sync()  # its removal must be durable first
         return False
 
-    def _compact(self, sparse: dict[str, list[LiveBody]]) -> int:
-        """Copy what is needed of some segments; the number of bodies."""
-        chosen, size = list[tuple[str, LiveBody]](), 0
-        for segment, bodies in sparse.items():
-            size += sum(body.size for body in bodies)
-            if chosen and size > COPY_SIZE:
-                break
-            chosen += [(segment, body) for body in bodies]
-        records = list(self._read(chosen))
-        if not records:
+    def _compact(self, chosen: list[tuple[str, LiveRecord]]) -> int:
+        """Copy some records of some segments; how many were copied."""
+        if not chosen:
             return 0
-        copy, positions, end = write_copy(
-            self._directory, self._spool, [record for _, _, record in records]
-        )
+        copy = write_copy(self._directory, self._spool, self._read(chosen))
         moves = [
-            BodyMove(body.queue_id, Place(segment, body.position), position)
-            for (segment, body, _), position in zip(records, positions, strict=True)
+            BodyMove(
+                record.queue_id, Place(segment, record.position), copy.positions[record.queue_id]
+            )
+            for segment, record in chosen
+            if record.queue_id in copy.positions
         ]
-        segments = {segment for segment, _, _ in records}
+        if not moves:
+            return 0
+        segments = {move.old.segment for move in moves}
         with writing(self._engine) as connection:
             self._queries.run(
                 connection,
                 "insert_copy",
-                segment=dashed(copy),
-                end=end,
-                count=len(records),
-                live=sum(body.size for _, body, _ in records),
+                segment=dashed(copy.segment),
+                end=copy.end,
+                count=len(moves),
+                live=copy.end - BLOCK,
             )
-            move_bodies(self._engine, connection, copy, moves)
+            move_bodies(self._engine, connection, copy.segment, moves)
             self._queries.run(
                 connection, "recheck", ids=json.dumps([dashed(segment) for segment in segments])
             )
-        log.info("segments compacted", segments=len(segments), copy=copy, bodies=len(records))
-        return len(records)
+        log.info("segments compacted", segments=len(segments), copy=copy.segment, bodies=len(moves))
+        return len(moves)
 
-    def _read(
-        self, bodies: Iterable[tuple[str, LiveBody]]
-    ) -> Iterator[tuple[str, LiveBody, JournalRecord]]:
-        """The records of bodies. One that does not verify stays where it is."""
-        for segment, body in bodies:
+    def _read(self, chosen: list[tuple[str, LiveRecord]]) -> Iterator[JournalRecord]:
+        """The records, one after the other. One that cannot be read, or does not verify, stays
+        where it is."""
+        for segment, records in groupby(chosen, key=lambda one: one[0]):
             with self._opened(segment) as file:
                 if file is None:
                     continue
-                length = body.position - body.record + body.size + CHECKSUM_SIZE
-                octets = file.read(length, body.record)
-                try:
-                    record = decode_record(bytes.fromhex(segment), body.record, octets)
-                except JournalFormatError as error:
-                    log.error("body not copied", id=body.queue_id, reason=str(error))
-                    continue
-            yield segment, body, record
+                for _, record in records:
+                    try:
+                        octets = file.read(record.size, record.start)
+                        read = decode_record(bytes.fromhex(segment), record.start, octets)
+                    except (OSError, JournalFormatError) as error:
+                        log.error("body not copied", id=record.queue_id, reason=str(error))
+                    else:
+                        yield read
 
     @contextmanager
     def _opened(self, segment: str) -> Iterator[SegmentFile | None]:

@@ -1,17 +1,19 @@
 -- Segments that may be removed or compacted (relay/spool/segments.py), on SQLite.
 
 -- name: due_segments
--- Sealed segments to look at, the oldest first: soon after they were sealed, and the older they are
--- the more seldom, but every :longest seconds.
+-- Sealed segments to look at: those that were not looked at yet, then the most overdue ones. A
+-- segment is due soon after it was sealed, and the older it is the more seldom, but every :longest
+-- seconds. What counts is how many of its own intervals have passed, so the many that wait for long
+-- do not hold up those that are new.
 SELECT replace(id, '-', '') AS id, messages, replace(least_id, '-', '') AS least,
     replace(greatest_id, '-', '') AS greatest,
     ((SELECT now FROM clock) - sparse_since) / 1000000.0 AS sparse
-FROM segments
-WHERE sealed_at IS NOT NULL
-    AND (checked_at IS NULL
-        OR checked_at < (SELECT now FROM clock) - min(CAST(:longest * 1000000 AS INTEGER),
-            ((SELECT now FROM clock) - sealed_at) / 8))
-ORDER BY sealed_at LIMIT :most;
+FROM (
+    SELECT *, ((SELECT now FROM clock) - checked_at) / 1000000.0
+        / max(1.0, min(:longest, ((SELECT now FROM clock) - sealed_at) / 8000000.0)) AS intervals
+    FROM segments WHERE sealed_at IS NOT NULL) AS sealed
+WHERE checked_at IS NULL OR intervals >= 1
+ORDER BY intervals DESC NULLS FIRST, sealed_at LIMIT :most;
 
 -- name: unfinished_between
 -- How many messages of a segment have rows, and whether any delivery between the least and the
@@ -27,7 +29,7 @@ SELECT
 
 -- name: needs
 -- Of the records in `:records` those that a delivery needs, and those without a row that are
--- younger than :retention, whose rows may have been lost.
+-- younger than :oldest, whose rows may have been lost.
 SELECT replace(x.value ->> '$.id', '-', '') AS id, x.value ->> '$.position' AS position,
     m.id IS NOT NULL AS has_row
 FROM json_each(:records) AS x
@@ -52,6 +54,18 @@ UPDATE segments SET checked_at = (SELECT now FROM clock), live_bytes = :live,
     sparse_since = CASE WHEN :sparse THEN coalesce(sparse_since, (SELECT now FROM clock)) END
 WHERE id = :segment;
 
+-- name: postpone
+-- Segments that could not be looked at: others come first.
+UPDATE segments SET checked_at = (SELECT now FROM clock)
+WHERE id IN (SELECT value FROM json_each(:ids));
+
+-- name: look_again
+-- Segments for which a turn had no time: they come in the next turn, behind all others that are due.
+UPDATE segments
+SET checked_at = (SELECT now FROM clock) - min(CAST(:longest * 1000000 AS INTEGER),
+    ((SELECT now FROM clock) - sealed_at) / 8)
+WHERE id IN (SELECT value FROM json_each(:ids));
+
 -- name: delete_segment
 DELETE FROM segments WHERE id = :segment;
 
@@ -73,6 +87,6 @@ UPDATE segments SET checked_at = NULL WHERE id IN (SELECT value FROM json_each(:
 SELECT replace(id, '-', '') AS id FROM segments;
 
 -- name: total_live
--- Bytes of bodies that deliveries need, as last seen, in sealed segments.
+-- Bytes that deliveries need, as last seen, in sealed segments.
 SELECT count(*) AS segments, coalesce(sum(live_bytes), 0) AS live FROM segments
 WHERE sealed_at IS NOT NULL;

@@ -1,5 +1,6 @@
 """Reading bodies by their place, while segments are renamed, removed and damaged."""
 
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -125,6 +126,40 @@ def test_closing_what_was_removed_gives_the_descriptor_back(stored: BodyInSegmen
     stored.path.unlink()
     stored.reader.close_unlinked()
     assert open_descriptors() == before
+
+
+def test_a_segment_that_was_renamed_aside_is_closed(stored: BodyInSegment) -> None:
+    """NFS does that with a file that is removed while it is open."""
+    before = open_descriptors()
+    stored.read()
+    stored.path.rename(stored.path.with_name(".nfs0000000000000001"))
+    stored.reader.close_unlinked()
+    assert open_descriptors() == before
+
+
+def test_a_segment_that_was_adopted_stays_open(stored: BodyInSegment) -> None:
+    stored.read()
+    before = open_descriptors()
+    stored.path.rename(stored.path.with_suffix(ADOPTED))
+    stored.reader.close_unlinked()
+    assert open_descriptors() == before
+    assert stored.read() == stored.body
+
+
+@pytest.mark.parametrize(("number", "closed"), [(errno.ESTALE, 1), (errno.EIO, 0)])
+def test_only_a_stale_segment_is_closed_of_those_that_fail(
+    stored: BodyInSegment, monkeypatch: pytest.MonkeyPatch, number: int, closed: int
+) -> None:
+    """On NFS another host has removed it."""
+
+    def fail(_: SegmentFile) -> os.stat_result:
+        raise OSError(number, os.strerror(number))
+
+    stored.read()
+    before = open_descriptors()
+    monkeypatch.setattr(SegmentFile, "status", fail)
+    stored.reader.close_unlinked()
+    assert open_descriptors() == before - closed
 
 
 def test_a_segment_that_another_file_replaced_is_read_after_reopening(

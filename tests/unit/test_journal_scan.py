@@ -30,7 +30,7 @@ from relay.spool.journal.scan import (
     first_void,
     read_header,
     scan,
-    scan_ids,
+    scan_shares,
 )
 from tests.journal_records import SMALL, content, message, open_journal, scanned
 
@@ -117,7 +117,20 @@ def test_a_scan_finds_every_batch(segment: WrittenSegment) -> None:
         for one in batch.records:
             body = bytes(one.body)
             assert segment.file.read(len(body), one.position) == body
-    assert named(*scan_ids(segment.file, segment.header)) == named(*chain(*written))
+
+
+@pytest.mark.parametrize("envelope", [0, 50, 5000])
+def test_records_share_the_octets_of_their_batch(segment: WrittenSegment, envelope: int) -> None:
+    """With its header and its padding, as if each were alone."""
+    segment.add(message(10, envelope=envelope))
+    segment.add(*[message(100 * n, envelope=envelope) for n in range(30)])
+    shares = [share for _, share in scan_shares(segment.file, segment.header)]
+    assert shares[0] == segment.starts[1] - segment.starts[0]
+    taken = segment.end - segment.starts[1]
+    assert taken - 30 < sum(shares[1:]) <= taken
+    assert shares[1:] == sorted(shares[1:])
+    for record, share in scan_shares(segment.file, segment.header):
+        assert share >= record.size
 
 
 def test_a_scan_of_a_part_finds_the_batches_of_that_part(segment: WrittenSegment) -> None:
@@ -371,12 +384,13 @@ def test_a_cut_off_void_batch_is_no_void(void_segment: WrittenSegment) -> None:
         assert len(batches) == (size > BLOCK)
 
 
-def test_unverified_bodies_do_not_matter_to_ids(segment: WrittenSegment) -> None:
+def test_unverified_bodies_do_not_matter_to_shares(segment: WrittenSegment) -> None:
     one, two = message(), message()
     segment.add(one, two)
     segment.flip(segment.records()[0].position)
     assert segment.ids() == named(two)
-    assert named(*scan_ids(segment.file, segment.header)) == named(one, two)
+    found = [record for record, _ in scan_shares(segment.file, segment.header)]
+    assert named(*found) == named(one, two)
 
 
 def test_a_body_cannot_imitate_a_record(segment: WrittenSegment) -> None:

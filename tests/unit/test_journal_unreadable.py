@@ -9,7 +9,14 @@ from relay.spool.journal.adoption import voided_batches
 from relay.spool.journal.blockwise import BlockwiseReader
 from relay.spool.journal.contents import contents, highest_mark
 from relay.spool.journal.format import BLOCK
-from relay.spool.journal.scan import Damage, ScannedBatch, batch_headers, first_void, scan, scan_ids
+from relay.spool.journal.scan import (
+    Damage,
+    ScannedBatch,
+    batch_headers,
+    first_void,
+    scan,
+    scan_shares,
+)
 from tests.bad_places import BadPlaces
 from tests.journal_records import SMALL, message, open_journal
 from tests.unit.test_journal_scan import WrittenSegment, named
@@ -165,7 +172,7 @@ def test_ids_are_not_listed_without_the_lost_ones(
     segment.add(message())
     lose(places, segment, segment.starts[0])
     with pytest.raises(OSError, match="cannot read"):
-        list(scan_ids(segment.file, segment.header))
+        list(scan_shares(segment.file, segment.header))
 
 
 def test_whether_a_lost_first_batch_is_a_void_is_not_known(

@@ -8,6 +8,7 @@ it when the process ends, however it ends. No child process inherits the descrip
 All calls work relative to a descriptor of the spool, as in `relay.spool.store`.
 """
 
+import errno
 import fcntl
 import os
 import re
@@ -18,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import PurePath
 
 NEW, OWNED, ADOPTED, COPY = ".new", ".segment", ".adopted", ".copy"
+_NAMES = (OWNED, ADOPTED, COPY)  # in the order in which a segment may be renamed
 DIRECTORY = "journal"
 MARK = "mark"
 """The name of the file with the mark of the spool (`relay.spool.mark`)."""
@@ -158,7 +160,7 @@ class JournalDirectory:
 
     def open_segment(self, segment: str) -> SegmentFile | None:
         """Open a segment to read it, under any of its names; None if it has none."""
-        for suffix in (OWNED, ADOPTED, COPY):  # in the order in which it may be renamed
+        for suffix in _NAMES:
             with suppress(FileNotFoundError):
                 return self.open(segment + suffix)
         return None
@@ -188,6 +190,16 @@ class JournalDirectory:
         except FileNotFoundError:
             return False
         return stat.S_ISREG(status.st_mode) and os.path.samestat(status, file.status())
+
+    def has_name(self, segment: str, file: SegmentFile) -> bool:
+        """Whether an open segment still has one of its names. The count of its links does not tell:
+        NFS renames a file that is removed while it is open. Raises OSError."""
+        try:
+            return any(self.leads_to(segment + suffix, file) for suffix in _NAMES)
+        except OSError as error:
+            if error.errno == errno.ESTALE:  # another host has removed it
+                return False
+            raise
 
     def _path(self, name: str) -> str:
         return f"{DIRECTORY}/{name}"

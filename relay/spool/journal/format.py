@@ -108,6 +108,11 @@ class JournalRecord:
         """Whether the body stands in the record."""
         return self.kind is RecordKind.MESSAGE
 
+    @property
+    def size(self) -> int:
+        """The octets that the record takes in a batch."""
+        return RECORD_OVERHEAD + len(self.envelope) + len(memoryview(self.body))
+
 
 class BatchHeader(NamedTuple):
     """`length` is the batch's in octets, with this header and without the padding behind it.
@@ -185,8 +190,7 @@ def _decode_header_copy(block: bytes, position: int) -> SegmentHeader:
 
 def batch_size(records: Sequence[JournalRecord]) -> int:
     """The octets that a batch of these records takes, with its padding."""
-    sizes = (len(record.envelope) + len(memoryview(record.body)) for record in records)
-    return aligned(BATCH_HEADER + RECORD_OVERHEAD * len(records) + sum(sizes))
+    return aligned(BATCH_HEADER + sum(record.size for record in records))
 
 
 def encode_batch(

@@ -50,11 +50,20 @@ class JournalReader:
             self._files.pop(segment, None)  # a thread that reads it keeps it until it is done
 
     def close_unlinked(self) -> None:
-        """Close the segments that have no name any more."""
+        """Close the segments that have no name any more. One whose name cannot be looked up stays
+        open; the next call asks again."""
         with self._lock:
-            self._files = {
-                segment: file for segment, file in self._files.items() if not file.unlinked()
-            }
+            files = [*self._files.items()]
+        unlinked = {segment for segment, file in files if self._is_unlinked(segment, file)}
+        with self._lock:
+            for segment in unlinked:
+                self._files.pop(segment, None)
+
+    def _is_unlinked(self, segment: str, file: SegmentFile) -> bool:
+        try:
+            return not self._directory.has_name(segment, file)
+        except OSError:
+            return False
 
     def _open(self, segment: str) -> SegmentFile:
         """The file of a segment, under any of its names."""

@@ -15,7 +15,7 @@ What must stay true: every record that verifies is found, whatever is damaged ar
 
 import errno
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from relay.spool.journal.blockwise import BlockwiseReader
@@ -32,6 +32,7 @@ from relay.spool.journal.format import (
     SegmentHeader,
     VoidedBatch,
     aligned,
+    batch_size,
     decode_batch_header,
     decode_record,
     decode_segment_header,
@@ -84,6 +85,13 @@ class ScannedBatch:
             for damage in self.damages
             if damage.record is not None and not damage.torn
         ]
+
+    def shares(self) -> Iterator[tuple[JournalRecord, int]]:
+        """Each record, and how many octets of the segment it takes with its part of the batch's
+        header and padding."""
+        taken, sizes = batch_size(self.records), sum(record.size for record in self.records)
+        for record in self.records:
+            yield record, record.size * taken // sizes
 
 
 def read_header(file: SegmentFile) -> SegmentHeader:
@@ -158,6 +166,13 @@ def scan(
         damages = [_damage(octets, one, torn=torn) for one in bad]
         yield ScannedBatch(position, behind, batch, records, found_void, damages)
         position, written_at = behind, batch.written_at
+
+
+def synced(item: ScannedBatch | Damage) -> ScannedBatch | Damage:
+    """The same of which the caller knows that it was synced, so none of it is a torn tail."""
+    if isinstance(item, Damage):
+        return item._replace(torn=False)
+    return replace(item, damages=[damage._replace(torn=False) for damage in item.damages])
 
 
 def batch_headers(file: SegmentFile, header: SegmentHeader) -> Iterator[BatchHeader]:
@@ -267,12 +282,13 @@ def _next_batch(octets: BlockwiseReader, segment: bytes, position: int, limit: i
     return None
 
 
-def scan_ids(file: SegmentFile, header: SegmentHeader) -> Iterator[JournalRecord]:
-    """Every record of a segment, without the check of its body. Raises OSError, also if the disk
-    cannot read a place where a record may stand: callers remove what they do not find."""
+def scan_shares(file: SegmentFile, header: SegmentHeader) -> Iterator[tuple[JournalRecord, int]]:
+    """Every record of a segment, without the check of its body, and its share of the octets. Raises
+    OSError, also if the disk cannot read a place where a record may stand: callers remove what they
+    do not find."""
     for item in scan(file, header, verify_bodies=False):
         damages = [item] if isinstance(item, Damage) else item.damages
         if any(damage.unreadable for damage in damages):
             raise OSError(errno.EIO, f"the disk cannot read parts of segment {header.segment}")
         if isinstance(item, ScannedBatch):
-            yield from item.records
+            yield from item.shares()
