@@ -277,11 +277,18 @@ class JournalCommitter:
             if ends or (self._closing and now >= self._give_up_at):
                 return False
             if chunk is None:
-                next_at = min(self._adopt_at, self._mark_at if self._unmarked else self._adopt_at)
                 self._changed.wait_for(
-                    lambda: self._closing or self._has_work(), max(0.0, next_at - now)
+                    lambda: self._closing or self._has_work(), max(0.0, self._next_at() - now)
                 )
         return True
+
+    def _next_at(self) -> float:
+        """When there is something to do without new mail."""
+        times = [self._adopt_at]
+        if self._unmarked:
+            times.append(self._mark_at)
+        times += (s.unreadable_until for s in self._segments.values() if s.committed < s.end)
+        return min(times)
 
     def _gather(self, until: float) -> None:
         """After a batch of several, lets more messages gather until this time (monotonic)."""

@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from relay.db.engine import is_outage
@@ -30,7 +30,14 @@ from relay.spool.journal.blockwise import UNREADABLE
 from relay.spool.journal.contents import contents
 from relay.spool.journal.directory import ADOPTED, JournalDirectory, SegmentFile
 from relay.spool.journal.format import BLOCK, JournalFormatError, JournalRecord, SegmentHeader
-from relay.spool.journal.scan import Damage, ScannedBatch, first_void, read_header, scan
+from relay.spool.journal.scan import (
+    Damage,
+    ScannedBatch,
+    first_void,
+    read_header,
+    scan,
+    synced,
+)
 
 log = get_logger(__name__)
 MAX_ROWS = 512
@@ -198,7 +205,7 @@ def read_chunk(segment: OpenSegment, end: int) -> Chunk:
     written_at, octets = None, 0
     for item in scan(segment.file, header, segment.committed, end):
         if segment.ours:
-            item = _synced(item)
+            item = synced(item)
         if isinstance(item, Damage):
             chunk.damages.append(item)
             continue
@@ -225,13 +232,6 @@ def read_chunk(segment: OpenSegment, end: int) -> Chunk:
     if written_at is not None:
         chunk.arrived -= max(0.0, time.time() - written_at / 1e6)
     return chunk
-
-
-def _synced(item: ScannedBatch | Damage) -> ScannedBatch | Damage:
-    """What is known to be synced is no torn tail."""
-    if isinstance(item, Damage):
-        return item._replace(torn=False)
-    return replace(item, damages=[damage._replace(torn=False) for damage in item.damages])
 
 
 def _header(segment: OpenSegment) -> tuple[SegmentHeader, OSError | None]:

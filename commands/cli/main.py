@@ -207,19 +207,29 @@ def fsck(
         bool,
         typer.Option("--adopt", help="Take over the segments of another host, which has ended."),
     ] = False,
+    discard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SEGMENT", help="Remove a damaged segment of the journal that nothing needs."
+        ),
+    ] = None,
     yes: Yes = False,
     json_lines: Json = False,
 ) -> int:
     """Compare spool, database and broker. Prints every inconsistency, and exits with status 1 if
     one remains. Mail may flow meanwhile."""
-    if repair + rebuild + adopt > 1:
-        raise typer.BadParameter("--repair, --rebuild and --adopt exclude each other")
+    if repair + rebuild + adopt + (discard is not None) > 1:
+        raise typer.BadParameter("--repair, --rebuild, --adopt and --discard exclude each other")
     if since is not None and not rebuild:
         raise typer.BadParameter("--since belongs to --rebuild")
     if adopt:
         from commands.ops.adopt import run as run_adopt
 
         return run_adopt(yes=yes)
+    if discard is not None:
+        from commands.ops.discard import run as run_discard
+
+        return run_discard(discard, yes=yes)
     if rebuild:
         from commands.ops.rebuild import run as run_rebuild
         from relay.settings import seconds

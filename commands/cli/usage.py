@@ -160,7 +160,7 @@ USAGES: Mapping[str, Usage] = {
     ),
     "fsck": Usage(
         CHECK,
-        ("fsck", "fsck --repair", "fsck --rebuild --since 2h"),
+        ("fsck", "fsck --repair", "fsck --rebuild --since 2h", "fsck --discard SEGMENT"),
         {0: "no inconsistency is left", 1: "one is left, or you answered no"},
     ),
     "user add": Usage(

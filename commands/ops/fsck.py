@@ -245,7 +245,7 @@ class Fsck:
                 ):
                     remedy = "put the file back and release it, or drop it" if held else "hold it"
                     missing = name in fault
-                    damaged = place is not None or "checksum" in fault
+                    damaged = place is not None or "checksum" in fault or "cannot read" in fault
                     what = "body damaged" if damaged else "body of another size"
                     yield Inconsistency(
                         "body missing" if missing else what,
@@ -291,8 +291,12 @@ class Fsck:
                 "run `qmqp-relay fsck --rebuild`; until then mail is accepted, and none is sent",
             )
         for damage in found.damages:
-            remedy = "messages there cannot be sent, and the others of the segment are read"
-            yield Inconsistency("journal damaged", damage, f"{remedy}; check the disk")
+            remedy = (
+                "messages there cannot be sent, and the others of the segment are read; check the"
+                " disk; `qmqp-relay fsck --discard SEGMENT` removes the segment when no delivery"
+                " needs it"
+            )
+            yield Inconsistency("journal damaged", damage, remedy)
         if found.messages and not rebuilder.older:
             more = " ..." if len(found.ids) > SHOWN else ""
             yield Inconsistency(

@@ -36,10 +36,11 @@ from relay.queue.rescue import Rescuer
 from relay.report.queries import QueueReader
 from relay.settings import WorkerSettings, load
 from relay.spool.journal.adoption import voided_batches
+from relay.spool.journal.blockwise import UNREADABLE
 from relay.spool.journal.contents import SegmentContents, contents, end_of, highest_mark
 from relay.spool.journal.directory import JournalDirectory
 from relay.spool.journal.format import JournalRecord, Place
-from relay.spool.journal.scan import Damage, ScannedBatch
+from relay.spool.journal.scan import Damage, ScannedBatch, synced
 from relay.spool.mark import SpoolMark
 from relay.spool.orphans import MIN_ORPHAN_AGE
 from relay.spool.segments import BodyMove, move_bodies
@@ -67,9 +68,10 @@ class Lacking(NamedTuple):
 
 @dataclass
 class RebuildReport:
-    """What a rebuild found. `skipped`: messages that are older than --since; `damages` and `bare`:
-    octets of segments, and files, from which nothing can be rebuilt; `waiting`: messages whose rows
-    the committer is going to make, the first of which arrived `waiting_age` seconds ago."""
+    """What a rebuild found. `skipped`: messages that are older than --since; `damages`: octets of
+    segments that do not verify; `bare`: files from which nothing can be rebuilt; `waiting`:
+    messages whose rows the committer is going to make, the first of which arrived `waiting_age`
+    seconds ago."""
 
     messages: int = 0
     deliveries: int = 0
@@ -119,6 +121,16 @@ class Rebuilder:
         for lacking in self._lacking(report):
             report.count(lacking)
         return report
+
+    def survey_of(self, name: str) -> RebuildReport | None:
+        """What a rebuild would make of one segment; None if there is no segment of this id."""
+        for segment in contents(self._directory):
+            if segment.id == name:
+                report = RebuildReport()
+                for lacking in self._of_segment(segment, report, change=False):
+                    report.count(lacking)
+                return report
+        return None
 
     def unfinished(self) -> int:
         """The deliveries that a rebuild of an older database holds."""
@@ -184,34 +196,41 @@ class Rebuilder:
         self, segment: SegmentContents, report: RebuildReport, *, change: bool
     ) -> Iterator[Lacking]:
         position, sealed = self._acceptor.position(segment.id)
-        whole = self.older or segment.copied or sealed or segment.fault
+        # Without its header no spooler adopts it.
+        orphaned = bool(segment.fault) and not segment.file.has_owner()
+        whole = self.older or segment.copied or sealed or orphaned
         committed = float("inf") if whole else position or 0
+        if change and whole:
+            _sync(segment)
         items = list(segment.batches(self._voids))
-        for one in items:
-            damages = [one] if isinstance(one, Damage) else one.damages
+        if segment.fault:
+            report.damages.append(f"{segment.name} at 0: {segment.fault}")
+        for item in items:
             # What has rows was synced, so it is no torn tail.
+            one = synced(item) if item.position < (position or 0) else item
+            damages = [one] if isinstance(one, Damage) else one.damages
             report.damages += [
                 f"{segment.name} at {damage.position}: {damage.reason}"
                 for damage in damages
-                if not damage.torn or damage.position < (position or 0)
+                if not damage.torn
             ]
-            if isinstance(one, ScannedBatch) and one.records:
+            if isinstance(one, ScannedBatch) and (records := _with_envelope(one)):
                 if one.position >= committed:
-                    self._waiting.update(record.queue_id for record in one.records)
-                    report.waiting += len(one.records)
+                    self._waiting.update(record.queue_id for record in records)
+                    report.waiting += len(records)
                     report.waiting_age = max(report.waiting_age, _age(one))
                 else:
                     yield from self._of_batch(segment, one, report, change=change)
         if change and segment.copied:
             self._change("insert_sealed", segment=dashed(segment.id), end=end_of(items))
-        elif change and self.older:
+        elif change and (self.older or orphaned):
             self._change("advance_segment", segment=dashed(segment.id), end=end_of(items))
 
     def _of_batch(
         self, segment: SegmentContents, batch: ScannedBatch, report: RebuildReport, *, change: bool
     ) -> Iterator[Lacking]:
         # A LARGE record has its body in a file, which is asked for its own trailer.
-        records = {record.queue_id: record for record in batch.records if record.in_journal}
+        records = {one.queue_id: one for one in _with_envelope(batch) if one.in_journal}
         places = self._places(records)
         if change and segment.copied:
             self._move(segment.id, records, places)
@@ -245,7 +264,12 @@ class Rebuilder:
                     report.bare.append(name)
 
     def _envelope(self, name: str) -> bytes:
-        envelope = self._spool.envelope(name)
+        try:
+            envelope = self._spool.envelope(name)
+        except OSError as error:
+            if error.errno not in UNREADABLE:
+                raise
+            return b""
         return envelope if envelope and decode(envelope).queue_id == name else b""
 
     def _places(self, ids: Sequence[str] | dict[str, Any]) -> dict[str, tuple[str | None, int]]:
@@ -279,6 +303,20 @@ class Rebuilder:
     def _change(self, name: str, **parameters: Any) -> None:
         with writing(self._engine) as connection:
             self._queries.run(connection, name, **parameters)
+
+
+def _with_envelope(batch: ScannedBatch) -> list[JournalRecord]:
+    """The messages of a batch whose rows can be made, also without their bodies."""
+    return [*batch.records, *(record for record, _ in batch.without_bodies)]
+
+
+def _sync(segment: SegmentContents) -> None:
+    """Its owner may have ended before its sync, and a row must not refer to octets that a power
+    failure takes away."""
+    try:
+        segment.file.sync()
+    except OSError as error:
+        say(f"{segment.name} cannot be synced, and what was written last may be lost: {error}")
 
 
 def _age(batch: ScannedBatch) -> float:
@@ -316,8 +354,10 @@ def run(*, since: float | None, yes: bool, json_lines: bool) -> int:
         check_schema(engine)
         rebuilder = Rebuilder(settings, engine, spool_to_rebuild_from(settings, engine), since)
         found, unfinished = rebuilder.survey(), rebuilder.unfinished()
-        for text in (*found.damages, *(f"the file {one} has no envelope" for one in found.bare)):
-            say(f"cannot be rebuilt: {text}")
+        for text in found.damages:
+            say(f"damaged: {text}")
+        for name in found.bare:
+            say(f"cannot be rebuilt: the file {name} has no envelope that can be read")
         if found.skipped and since is not None:
             say(f"{found.skipped} messages without rows are older than {span(since)}: left out")
         if not found.messages and not rebuilder.older:

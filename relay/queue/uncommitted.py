@@ -77,7 +77,7 @@ def journal_lag(spool: Spool, committed: Mapping[str, SegmentPosition]) -> Journ
         position = committed.get(segment.id, SegmentPosition(BLOCK, sealed=False))
         if position.sealed or segment.copied:
             continue
-        foreign = segment.header.host != socket.gethostname()
+        foreign = not segment.fault and segment.header.host != socket.gethostname()
         if foreign and not (segment.file.has_owner() and spool.is_local):
             hosts.add(segment.header.host)
         for batch in segment.batches(voids, position.committed_to, verify_bodies=False):

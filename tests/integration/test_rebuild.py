@@ -4,6 +4,7 @@ and a database that was restored from a backup sends nothing in silence."""
 import os
 import socket
 import time
+from contextlib import closing
 
 import pytest
 from sqlalchemy.exc import OperationalError
@@ -270,16 +271,23 @@ def test_a_void_batch_gets_no_rows(queue: QueueHarness, spool: Spool, typed: Typ
 def test_damage_is_reported_and_the_rest_is_rebuilt(
     queue: QueueHarness, spool: Spool, typed: Typed
 ) -> None:
-    first, second = accepted(queue, spool, BODY, BODY)
-    (row,) = queue.rows("SELECT position FROM messages WHERE id = @id(:id)", id=first)
+    ids = accepted(queue, spool, BODY, BODY, BODY)
+    positions = {
+        row["id"]: row["position"]
+        for row in queue.rows("SELECT @hex(id) AS id, position FROM messages")
+    }
     directory = JournalDirectory(spool.handle)
     ((_, name),) = directory.segments(OWNED, ADOPTED)
-    directory.open(name, write=True).write([b"X"], row["position"])
-    for queue_id in (first, second):
+    with closing(directory.open(name, write=True)) as file:
+        file.write([b"X"], positions[ids[0]])  # a body
+        file.write([b"X"], positions[ids[1]] - 2)  # an envelope
+    for queue_id in ids:
         forget(queue, queue_id)
     done = typed("fsck", "--rebuild", "--yes", status=1)
-    assert f"cannot be rebuilt: {name} at" in done.stderr
-    assert queue.rows("SELECT @hex(id) AS id FROM messages") == [{"id": second}]
+    assert done.stderr.count(f"damaged: {name} at") == 2
+    rebuilt = {row["id"] for row in queue.rows("SELECT @hex(id) AS id FROM messages")}
+    assert rebuilt == {ids[0], ids[2]}
+    assert queue.states() == {"held"}
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ What must stay true: every record that verifies is found, whatever is damaged ar
 
 import errno
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from relay.spool.journal.blockwise import BlockwiseReader
@@ -166,6 +166,13 @@ def scan(
         damages = [_damage(octets, one, torn=torn) for one in bad]
         yield ScannedBatch(position, behind, batch, records, found_void, damages)
         position, written_at = behind, batch.written_at
+
+
+def synced(item: ScannedBatch | Damage) -> ScannedBatch | Damage:
+    """The same of which the caller knows that it was synced, so none of it is a torn tail."""
+    if isinstance(item, Damage):
+        return item._replace(torn=False)
+    return replace(item, damages=[damage._replace(torn=False) for damage in item.damages])
 
 
 def batch_headers(file: SegmentFile, header: SegmentHeader) -> Iterator[BatchHeader]:
