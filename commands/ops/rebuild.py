@@ -200,6 +200,8 @@ class Rebuilder:
         orphaned = bool(segment.fault) and not segment.file.has_owner()
         whole = self.older or segment.copied or sealed or orphaned
         committed = float("inf") if whole else position or 0
+        if change and whole:
+            _sync(segment)
         items = list(segment.batches(self._voids))
         if segment.fault:
             report.damages.append(f"{segment.name} at 0: {segment.fault}")
@@ -306,6 +308,15 @@ class Rebuilder:
 def _with_envelope(batch: ScannedBatch) -> list[JournalRecord]:
     """The messages of a batch whose rows can be made, also without their bodies."""
     return [*batch.records, *(record for record, _ in batch.without_bodies)]
+
+
+def _sync(segment: SegmentContents) -> None:
+    """Its owner may have ended before its sync, and a row must not refer to octets that a power
+    failure takes away."""
+    try:
+        segment.file.sync()
+    except OSError as error:
+        say(f"{segment.name} cannot be synced, and what was written last may be lost: {error}")
 
 
 def _age(batch: ScannedBatch) -> float:

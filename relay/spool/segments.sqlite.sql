@@ -45,6 +45,19 @@ WHERE CASE WHEN m.id IS NULL THEN x.value ->> '$.id' > :oldest
                 WHERE r.queue_id = m.id AND d.number IS NULL))
     END;
 
+-- name: needed_in
+-- Whether a delivery needs a body of a segment, by the rows between its least and greatest id.
+SELECT EXISTS (
+    SELECT 1 FROM messages m
+    WHERE m.id BETWEEN :least AND :greatest AND m.segment = :segment
+        AND (NOT EXISTS (SELECT 1 FROM deliveries d WHERE d.queue_id = m.id)
+            OR EXISTS (SELECT 1 FROM deliveries d WHERE d.queue_id = m.id
+                AND (d.state IN ('queued', 'sending', 'deferred', 'held')
+                    OR d.due_at IS NOT NULL))
+            OR EXISTS (SELECT 1 FROM recipients r
+                LEFT JOIN deliveries d ON d.queue_id = r.queue_id AND d.number = r.delivery
+                WHERE r.queue_id = m.id AND d.number IS NULL))) AS needed;
+
 -- name: now
 -- Seconds since 1970.
 SELECT now / 1000000.0 AS seconds FROM clock;

@@ -526,6 +526,30 @@ def test_a_damaged_body_is_not_copied_and_keeps_its_segment(harness: SegmentHarn
         harness.read(damaged)
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_segment_with_a_damaged_envelope_stays_while_its_body_is_needed(
+    harness: SegmentHarness, copied: bool
+) -> None:
+    """The row has the place of the body, which is whole."""
+    needed, *others = harness.seal(10)
+    harness.finish(*others)
+    for _ in range(3 * copied):
+        harness.pass_time(700)
+        harness.store.turn()
+    place = harness.place(needed)
+    [name] = harness.files()
+    assert name == place.segment + (COPY if copied else OWNED)
+    with (harness.spool.directory / "journal" / name).open("r+b") as file:
+        file.seek(place.position - 10)  # the end of the envelope
+        file.write(bytes(10))
+    harness.pass_time(1000)
+    assert harness.store.turn() == CleaningTurn()
+    assert harness.read(needed) == harness.body(0)
+    harness.finish(needed)
+    harness.pass_time(1000)
+    assert harness.store.turn() == CleaningTurn(removed=not copied)
+
+
 def test_a_void_outlives_the_segment_that_it_voids(
     harness: SegmentHarness, queue: QueueHarness
 ) -> None:

@@ -41,7 +41,7 @@ from relay.db.engine import is_outage
 from relay.spool import mark, segments
 from relay.spool.journal import copying, supply
 from relay.spool.journal.contents import highest_mark
-from relay.spool.journal.directory import ADOPTED, MARK, NEW, OWNED
+from relay.spool.journal.directory import ADOPTED, COPY, MARK, NEW, OWNED
 from relay.spool.journal.format import Place
 from relay.spool.journal.reader import JournalReader, WrongBody
 from relay.spool.journal.writer import AppendFailed, AppendUnknown
@@ -87,6 +87,11 @@ def plans(*calls: str, most: int = 3) -> st.SearchStrategy[Plan]:
 
 
 append_plans = st.one_of(
+    # Its owner ends before the sync, or sleeps while it declares the batch void.
+    st.sampled_from([{("write", 0): Interruption.KILL}, {("sync", 0): Interruption.KILL}]),
+    st.tuples(
+        st.sampled_from(["write", "sync", "leads_to", "create", "sync_names"]), st.integers(0, 1)
+    ).map(lambda step: {("sync", 0): Interruption.FAIL, step: Interruption.PAUSE}),
     plans("write", "sync", "leads_to"),
     plans("write", "sync", "leads_to", "create", "fill", "rename", "sync_names"),
 )
@@ -157,7 +162,7 @@ class JournalHistory(RuleBasedStateMachine):
         self.covered = {0: (frozenset[str](), frozenset[str]())}  # rows and deliveries by mark
         self.may_come_again: set[str] = set()
         self.may_be_sent_again: set[str] = set()
-        self.rebuilding = False
+        self.rebuilding = self.restored = False
         self.uncertain: set[str] = set()  # their sync may have failed
 
     # What is checked
@@ -215,7 +220,8 @@ class JournalHistory(RuleBasedStateMachine):
 
     @invariant()
     def bodies_are_readable(self) -> None:
-        """Every body that a delivery needs stands at its place."""
+        """Every body that a delivery needs stands at its place; no alarm is false."""
+        assert self.restored or not self.older(), "nothing was restored"
         reader = JournalReader(self.look())
         for row in self.messages():
             queue_id = row.queue_id
@@ -352,12 +358,14 @@ class JournalHistory(RuleBasedStateMachine):
         spooler = self._living(number)
         self.run(spooler.process, plan, spooler.committer.drain, deep=deep)
 
-    @rule(number=numbers, plan=commit_plans)
-    def store(self, number: int, plan: Plan) -> None:
+    @rule(number=numbers, plan=commit_plans, deep=st.booleans(), stops=st.booleans())
+    def store(self, number: int, plan: Plan, deep: bool, stops: bool) -> None:
         """The usual way of a message, with an interruption of the transaction and a second try."""
         self.append(number, [10], {}, wait=True, deep=False, after="lives")
-        self.commit(number, plan, deep=True)
+        self.commit(number, plan, deep=deep)
         self.commit(number, {}, deep=False)
+        if stops:
+            self.stop(number, {})
 
     @rule(number=numbers, plan=adopt_plans, deep=st.booleans())
     def adopt(self, number: int, plan: Plan, deep: bool) -> None:
@@ -413,6 +421,7 @@ class JournalHistory(RuleBasedStateMachine):
         tell. `live`: connections go on, and do not notice."""
         backup = self.backups[number % len(self.backups)]
         self.database.restore(backup.database, live=live)
+        self.restored = True
         self.rows, self.delivered = {*backup.rows}, {*backup.delivered}
         self.present = {row.queue_id: row.state for row in self.messages()}
         known = max(one for one in self.covered if one <= self.durable_mark())
@@ -421,10 +430,12 @@ class JournalHistory(RuleBasedStateMachine):
         self.may_be_sent_again = self.done - self.delivered - delivered
 
     @precondition(lambda self: self.older())
-    @rule(plan=work_plans)
-    def rebuild(self, plan: Plan) -> None:
+    @rule(plan=work_plans, alone=st.booleans())
+    def rebuild(self, plan: Plan, alone: bool) -> None:
+        """The second try ends well. smtpd may run meanwhile."""
         for spooler in self.spoolers:
-            spooler.kill()
+            if alone:
+                spooler.kill()
         self.rebuilding = True
         for each in (plan, {}):
             command = SimulatedCommand(self.machine, guarded=False)
@@ -476,7 +487,7 @@ class JournalHistory(RuleBasedStateMachine):
         self.cut_power(cut, 1)
         self._living(0)
         if self.older():
-            self.rebuild({})
+            self.rebuild({}, alone=True)
         spooler = self._living(0)
         spooler.committer.adopt()
         spooler.committer.drain()
@@ -596,10 +607,11 @@ def test_a_mark_that_the_power_took_away_is_read_from_the_batches(
     history.teardown()
 
 
+@pytest.mark.parametrize("step", ["query", "names", "lock", "rename"])
 def test_an_adopter_sees_the_void_that_was_written_just_before_its_rename(
-    new_history: Callable[[], JournalHistory],
+    new_history: Callable[[], JournalHistory], step: str
 ) -> None:
-    """An owner that lives answers 451 while the adopter waits for the database."""
+    """An owner that lives answers 451 while the adopter waits."""
     history = new_history()
     history.append(0, [10], {}, wait=True, deep=False, after="lives")
     owner, adopter = history.spoolers[0], SimulatedSpooler(history.machine, set[str]().update)
@@ -609,7 +621,8 @@ def test_an_adopter_sees_the_void_that_was_written_just_before_its_rename(
         history.append(0, [10], failed, wait=True, deep=False, after="dies")
         assert len(history.refused) == 1
 
-    adopter.process.expect({("query", 0): Interruption.PAUSE}, fail)
+    owner.process.lose_locks()
+    adopter.process.expect({(step, 0): Interruption.PAUSE}, fail)
     adopter.committer.adopt()
     assert not owner.alive
     adopter.committer.drain()
@@ -631,7 +644,7 @@ def test_a_void_outlives_the_segment_of_its_batch(
     assert len(history.refused) == 1
     history.clean({})
     history.restore(0, live=False)
-    history.rebuild({})
+    history.rebuild({}, alone=True)
     assert len(history.present) == 1
     history.teardown()
 
@@ -648,4 +661,87 @@ def test_a_database_that_lacks_a_compaction_is_noticed_if_the_old_segment_is_gon
     assert not [*history.look().segments(OWNED, ADOPTED)]
     history.restore(0, live=False)
     assert history.older()
+    history.teardown()
+
+
+def test_a_compaction_that_sleeps_moves_no_row_that_another_one_has_moved(
+    new_history: Callable[[], JournalHistory],
+) -> None:
+    """The copy of the sleeper may be removed before it wakes up, because no row points to it."""
+    history = new_history()
+    history.append(0, [10], {}, wait=True, deep=False, after="is replaced")
+    history.clean({})
+    history.clock.now += SPARSE
+    worker = SimulatedWorker(history.machine)
+
+    def another() -> None:
+        (copy,) = [name for _, name in history.look().segments(COPY)]
+        history.clock.now += SPARSE
+        history.clean({})
+        history.look().unlink(copy)
+        history.bodies_are_readable()
+
+    worker.process.expect({("transaction", 1): Interruption.PAUSE}, another)
+    assert worker.store.turn().copied
+    history.bodies_are_readable()
+    history.teardown()
+
+
+def test_nothing_is_replayed_into_a_database_that_was_restored_under_a_connection(
+    new_history: Callable[[], JournalHistory],
+) -> None:
+    """The spooler lives on, and its connection too; it adopts, or goes on with its own segment."""
+    history = new_history()
+    history.append(0, [10], {}, wait=True, deep=False, after="lives")
+    history.start()
+    for number in (0, 1):
+        history.commit(number, {}, deep=False)
+    history.back_up()
+    history.clock.now += 1
+    for number in (0, 1):
+        history.append(number, [10], {}, wait=True, deep=False, after="lives")
+        history.commit(number, {}, deep=False)
+    history.deliver({0, 1, 2}, advances=True)
+    history.restore(0, live=True)
+    history.kill(1)
+    history.adopt(0, {}, deep=False)
+    history.append(0, [10], {}, wait=True, deep=False, after="lives")
+    history.commit(0, {}, deep=False)
+    assert len(history.present) == 1
+    history.deliver({0}, advances=False)
+    history.teardown()
+
+
+def test_a_segment_whose_position_a_restored_database_has_forgotten_is_replayed(
+    new_history: Callable[[], JournalHistory],
+) -> None:
+    """The mark cannot tell, because the last one came before the backup."""
+    history = new_history()
+    for _ in range(2):
+        history.append(0, [10], {}, wait=True, deep=False, after="lives")
+        history.commit(0, {}, deep=False)
+        history.back_up()
+    history.append(0, [10], {}, wait=True, deep=False, after="lives")
+    history.restore(0, live=True)
+    assert not history.older()
+    history.commit(0, {}, deep=False)
+    history.stop(0, {})
+    history.teardown()
+    assert len(history.done) == 3
+
+
+def test_a_rebuild_makes_no_row_of_a_body_that_a_power_failure_takes_away(
+    new_history: Callable[[], JournalHistory],
+) -> None:
+    history = new_history()
+    history.back_up()
+    history.append(0, [10], {}, wait=True, deep=False, after="lives")
+    history.commit(0, {}, deep=False)
+    history.restore(0, live=False)
+    killed = {("sync", 0): Interruption.KILL}
+    history.append(0, [10], killed, wait=True, deep=False, after="dies")
+    history.rebuild({}, alone=True)
+    history.cut_power(PowerCut.LOSES_ALL, 1)
+    assert len(history.present) == 2
+    history.bodies_are_readable()
     history.teardown()
