@@ -754,3 +754,27 @@ def test_a_rebuild_makes_no_row_of_a_body_that_a_power_failure_takes_away(
     assert len(history.present) == 2
     history.bodies_are_readable()
     history.teardown()
+
+
+def test_an_adopter_makes_no_row_of_a_body_that_a_power_failure_takes_away(
+    new_history: Callable[[], JournalHistory],
+) -> None:
+    history = new_history()
+    killed = {("sync", 0): Interruption.KILL}
+    history.append(0, [10], killed, wait=True, deep=False, after="is replaced")
+    history.cut_power(PowerCut.LOSES_ALL, 1)
+    assert len(history.present) == 1
+    history.bodies_are_readable()
+    history.teardown()
+
+
+def test_an_owner_refuses_nothing_that_was_adopted_before_it_was_declared_void(
+    new_history: Callable[[], JournalHistory],
+) -> None:
+    """The owner sleeps between its failed sync and the void batch."""
+    history = new_history()
+    asleep = {("sync", 0): Interruption.FAIL, ("create", 1): Interruption.PAUSE}
+    history.append(0, [10], asleep, wait=True, deep=False, after="lives")
+    assert len(history.present) == 1
+    assert not history.refused
+    history.teardown()
