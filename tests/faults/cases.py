@@ -104,7 +104,8 @@ CASES = (
         full=SQLITE,
     ),
     FaultCase("reads fail", disk_faults.fail_reads, LATER | LOST, _SHIM),
-    FaultCase("short writes", disk_faults.shorten_writes, needs=_SHIM, quick=()),
+    FaultCase("a place cannot be read", disk_faults.lose_place, LATER | LOST, _SHIM),
+    FaultCase("short writes", disk_faults.shorten_writes, FULL_DISK | LOST, _SHIM, quick=()),
     FaultCase("power cut", disk_faults.cut_power, LATER | LOST, _DISK, quick=BOTH),
     FaultCase("relay's clock stepped", clock_faults.step_relay_clock, needs=_SHIM, quick=BOTH),
     FaultCase(

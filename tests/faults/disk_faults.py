@@ -1,6 +1,8 @@
 """Faults of the disk: full, read-only, unmounted, failing calls, and a power cut."""
 
 import errno
+import os
+import signal
 from functools import partial
 
 from tests.faults.disks import MountedDisk
@@ -8,9 +10,17 @@ from tests.faults.missed import FaultMissed
 from tests.faults.process_faults import STEP
 from tests.faults.site import FaultSite
 from tests.faults.traffic import MailTraffic
+from tests.waiting import until
 
 SECONDS = 5.0
 TRIES = 90  # messages while calls fail
+_WAITING_BODY = """SELECT m.id, m.segment, m.position FROM messages m
+    JOIN deliveries d ON d.queue_id = m.id
+    WHERE d.state = 'queued' AND d.claim_count = 0 AND m.segment IS NOT NULL
+    ORDER BY m.id LIMIT 1"""
+_UNSENDABLE = "SELECT 1 FROM deliveries WHERE queue_id = :id AND last_outcome = 'unsendable'"
+# Older mail: what is being accepted now is always there.
+_NEVER_TRIED = "SELECT 1 FROM deliveries WHERE queue_id < :id AND claim_count = 0"
 
 
 def fill_spool(site: FaultSite, traffic: MailTraffic) -> None:
@@ -82,6 +92,27 @@ fail_syncs = partial(fail_calls, sync=errno.EIO)
 fail_reads = partial(fail_calls, read=errno.EIO)
 fail_syncs_of_sqlite = partial(fail_calls, sync=errno.EIO, database=True)
 shorten_writes = partial(fail_calls, short=True)
+
+
+def lose_place(site: FaultSite, traffic: MailTraffic) -> None:
+    """The disk cannot read a place of a body that waits, also when smtpd starts again. The other
+    mail does not wait; that body is sent a minute later, when it can be read again."""
+    assert site.shim is not None
+    for worker in site.workers:
+        worker.kill()
+    traffic.until_accepted(STEP)
+    place = until(lambda: site.rows(_WAITING_BODY), 30)[0]
+    segment = str(place.segment).replace("-", "")
+    bad = site.spool / "journal" / segment
+    with site.shim.bad_place(bad, place.position, place.position + 1):
+        for worker in site.workers:
+            worker.start()
+        until(lambda: site.rows(_UNSENDABLE, id=place.id), 30)
+        os.kill(site.smtpd.pid, signal.SIGKILL)
+        until(lambda: not site.smtpd.running)
+        site.smtpd.start()
+        traffic.until_accepted(STEP)
+        until(lambda: not site.rows(_NEVER_TRIED, id=place.id), 30)
 
 
 def cut_power(site: FaultSite, traffic: MailTraffic) -> None:

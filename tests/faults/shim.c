@@ -2,8 +2,10 @@
  *
  * The file that FAULTS_CONTROL names is mapped by every process; tests/faults/shim.py writes it
  * while they run. An errno that is not 0 fails each `every`th call on a file below `prefix`.
- * `short_writes` halves what a write takes. `clock_nanoseconds` is added to the wall clock, and
- * never to the monotonic one. `hits` counts the calls that were changed.
+ * `short_writes` halves what a write takes. Every read of the octets from `bad_start` to `bad_end` of
+ * files whose paths begin with `bad_prefix` fails with EIO. `clock_nanoseconds` is added to the wall
+ * clock, and never to the monotonic one. `hits` counts the calls that were changed. Python calls the
+ * names with 64.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -30,6 +32,9 @@ struct control {
   uint32_t calls;
   uint32_t hits;
   char prefix[228];
+  int64_t bad_start;
+  int64_t bad_end;
+  char bad_prefix[240];
 };
 
 static struct control *control;
@@ -43,22 +48,37 @@ __attribute__((constructor)) static void map_control(void) {
   if (mapped != MAP_FAILED) control = mapped;
 }
 
-static int below_prefix(int file) {
+static int below(int file, const char *prefix) {
   char link[64], path[512];
   snprintf(link, sizeof link, "/proc/self/fd/%d", file);
   ssize_t length = readlink(link, path, sizeof path - 1);
   if (length < 0) return 0;
   path[length] = 0;
-  return strncmp(path, control->prefix, strlen(control->prefix)) == 0;
+  return strncmp(path, prefix, strlen(prefix)) == 0;
 }
 
 /* Whether this call is one of those to be changed. */
 static int chosen(int armed, int file) {
-  if (!armed || !below_prefix(file)) return 0;
+  if (!armed || !below(file, control->prefix)) return 0;
   uint32_t number = __atomic_add_fetch(&control->calls, 1, __ATOMIC_RELAXED);
   if (control->every > 1 && number % control->every) return 0;
   __atomic_add_fetch(&control->hits, 1, __ATOMIC_RELAXED);
   return 1;
+}
+
+/* Whether a read meets the bad place. */
+static int meets_bad_place(int file, off_t at, size_t size) {
+  if (!control || !control->bad_end || at < 0) return 0;
+  if (at >= control->bad_end || at + (off_t)size <= control->bad_start) return 0;
+  if (!below(file, control->bad_prefix)) return 0;
+  __atomic_add_fetch(&control->hits, 1, __ATOMIC_RELAXED);
+  return 1;
+}
+
+static size_t total(const struct iovec *parts, int count) {
+  size_t size = 0;
+  while (count-- > 0) size += parts[count].iov_len;
+  return size;
 }
 
 #define NEXT(name) \
@@ -68,6 +88,12 @@ static int chosen(int armed, int file) {
   do { \
     int error = control ? control->kind : 0; \
     if (chosen(error, file)) { errno = error; return -1; } \
+  } while (0)
+
+#define FAIL_READ(file, at, size) \
+  do { \
+    FAIL(read_errno, file); \
+    if (meets_bad_place(file, at, size)) { errno = EIO; return -1; } \
   } while (0)
 
 int fsync(int file) { NEXT(fsync); FAIL(sync_errno, file); return next(file); }
@@ -110,40 +136,56 @@ ssize_t pwritev2(int file, const struct iovec *parts, int count, off_t at, int f
   if (count > 1 && control && chosen(control->short_writes, file)) count = 1;
   return next(file, parts, count, at, flags);
 }
+ssize_t pwritev64v2(int file, const struct iovec *parts, int count, off64_t at, int flags) {
+  NEXT(pwritev64v2);
+  FAIL(write_errno, file);
+  if (count > 1 && control && chosen(control->short_writes, file)) count = 1;
+  return next(file, parts, count, at, flags);
+}
 
 ssize_t read(int file, void *data, size_t size) {
   NEXT(read);
-  FAIL(read_errno, file);
+  FAIL_READ(file, lseek(file, 0, SEEK_CUR), size);
   return next(file, data, size);
 }
 ssize_t pread(int file, void *data, size_t size, off_t at) {
   NEXT(pread);
-  FAIL(read_errno, file);
+  FAIL_READ(file, at, size);
   return next(file, data, size, at);
 }
 ssize_t pread64(int file, void *data, size_t size, off64_t at) {
   NEXT(pread64);
-  FAIL(read_errno, file);
+  FAIL_READ(file, at, size);
   return next(file, data, size, at);
 }
 ssize_t readv(int file, const struct iovec *parts, int count) {
   NEXT(readv);
-  FAIL(read_errno, file);
+  FAIL_READ(file, lseek(file, 0, SEEK_CUR), total(parts, count));
   return next(file, parts, count);
 }
 ssize_t preadv(int file, const struct iovec *parts, int count, off_t at) {
   NEXT(preadv);
-  FAIL(read_errno, file);
+  FAIL_READ(file, at, total(parts, count));
   return next(file, parts, count, at);
 }
 ssize_t preadv2(int file, const struct iovec *parts, int count, off_t at, int flags) {
   NEXT(preadv2);
-  FAIL(read_errno, file);
+  FAIL_READ(file, at, total(parts, count));
+  return next(file, parts, count, at, flags);
+}
+ssize_t preadv64v2(int file, const struct iovec *parts, int count, off64_t at, int flags) {
+  NEXT(preadv64v2);
+  FAIL_READ(file, at, total(parts, count));
   return next(file, parts, count, at, flags);
 }
 ssize_t sendfile(int out, int in, off_t *at, size_t size) {
   NEXT(sendfile);
-  FAIL(read_errno, in);
+  FAIL_READ(in, at ? *at : lseek(in, 0, SEEK_CUR), size);
+  return next(out, in, at, size);
+}
+ssize_t sendfile64(int out, int in, off64_t *at, size_t size) {
+  NEXT(sendfile64);
+  FAIL_READ(in, at ? *at : lseek(in, 0, SEEK_CUR), size);
   return next(out, in, at, size);
 }
 

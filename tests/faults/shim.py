@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _FIELDS = struct.Struct("qiiiiIII228s")  # as `struct control` has them
+_PLACE = struct.Struct("qq240s")  # behind them
+_SIZE = _FIELDS.size + _PLACE.size
 _CLOCK = struct.Struct("q")
 EVERY = 3  # a fault of the disk hits each third call
 
@@ -42,10 +44,10 @@ class FaultShim:
     def __init__(self, library: Path, control: Path, prefix: Path) -> None:
         self.environ = {"LD_PRELOAD": str(library), "FAULTS_CONTROL": str(control)}
         self._prefix = os.fsencode(prefix)
-        control.write_bytes(bytes(_FIELDS.size))
+        control.write_bytes(bytes(_SIZE))
         control.chmod(0o666)  # PostgreSQL runs as another user
         with control.open("r+b") as file:
-            self._map = mmap.mmap(file.fileno(), _FIELDS.size)
+            self._map = mmap.mmap(file.fileno(), _SIZE)
         self._set()
 
     @property
@@ -73,6 +75,16 @@ class FaultShim:
         finally:
             self._prefix = usual
             self._set()
+
+    @contextmanager
+    def bad_place(self, prefix: Path, start: int, end: int) -> Iterator[None]:
+        """Fail every read of these octets with EIO, in files whose paths begin with `prefix`, as
+        long as the block runs."""
+        _PLACE.pack_into(self._map, _FIELDS.size, start, end, os.fsencode(prefix))
+        try:
+            yield
+        finally:
+            _PLACE.pack_into(self._map, _FIELDS.size, 0, 0, b"")
 
     def step_clock(self, seconds: float) -> None:
         """Set the wall clock so far from the true one."""

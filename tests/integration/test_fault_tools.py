@@ -108,6 +108,37 @@ def test_each_third_write_is_short(shim: FaultShim, tmp_path: Path) -> None:
         assert output(shim, WRITER, f"{tmp_path}/disk/file") == ["4 None", "4 None", "2 None"] * 2
 
 
+READER = """
+import os, sys
+file = os.open(sys.argv[1], os.O_RDONLY)
+calls = (
+    lambda at: os.pread(file, 100, at),
+    lambda at: os.preadv(file, [bytearray(50), bytearray(50)], at),
+    lambda at: (os.lseek(file, at, 0), os.read(file, 100)),
+    lambda at: os.sendfile(os.open("/dev/null", os.O_WRONLY), file, at, 100),
+)
+for call in calls:
+    for at in (300, 399, 400, 499, 500):
+        try:
+            call(at)
+            print(at, end=" ")
+        except OSError as error:
+            print(error.errno, end=" ")
+    print()
+"""
+
+
+def test_a_bad_place_is_never_read(shim: FaultShim, tmp_path: Path) -> None:
+    bad, other = tmp_path / "disk", tmp_path / "other"
+    for path in (bad, other):
+        path.write_bytes(bytes(1000))
+    with shim.bad_place(tmp_path / "di", 450, 500):
+        assert output(shim, READER, str(bad)) == ["300 5 5 5 500 "] * 4
+        assert output(shim, READER, str(other)) == ["300 399 400 499 500 "] * 4
+    assert output(shim, READER, str(bad)) == ["300 399 400 499 500 "] * 4
+    assert shim.hits == 12
+
+
 @pytest.mark.parametrize("seconds", [7200, -7200.5])
 def test_the_wall_clock_is_stepped_and_the_monotonic_clock_is_not(
     shim: FaultShim, seconds: float
