@@ -26,6 +26,7 @@ from relay.settings import WorkerSettings, load
 from relay.spool.journal.directory import ADOPTED, COPY, OWNED, JournalDirectory
 from relay.spool.journal.format import SegmentHeader
 from relay.spool.journal.scan import first_void
+from relay.spool.mark import SpoolMark
 from relay.spool.orphans import REMOVAL_GRACE
 from relay.spool.store import Spool
 
@@ -49,6 +50,7 @@ class Discarder:
         self._rebuilder = Rebuilder(settings, engine, spool, kept)
         self._engine, self._segment = engine, segment
         self._directory = JournalDirectory(spool.handle)
+        self._mark = SpoolMark(self._directory, spool.identity)
         self._queries = Queries(engine, __name__)
 
     def survey(self) -> RebuildReport | None:
@@ -81,6 +83,7 @@ class Discarder:
 
     def discard(self) -> None:
         """Remove the segment, and its row. Raises OSError and the database's errors."""
+        self._mark.cover(self._engine)  # bodies of it may have been moved a moment ago
         for suffix in (OWNED, ADOPTED, COPY):
             if self._segment + suffix in self._directory.names():
                 self._directory.unlink(self._segment + suffix)

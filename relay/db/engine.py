@@ -205,16 +205,41 @@ def writing(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
-@contextmanager
-def writing_once(engine: Engine) -> Iterator[Connection]:
-    """As `writing`, for a single statement: on PostgreSQL it is its own transaction, in one round
-    trip."""
-    if engine.dialect.name == "sqlite":
-        with writing(engine) as connection:
-            yield connection
-    else:
-        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            yield connection
+class SingleStatements:
+    """Write transactions of one statement, for one thread. On PostgreSQL each is one round trip.
+
+    The thread keeps its connection: to take one from the pool, set it to autocommit and return it
+    takes nearly as long as the round trip. After an error it takes another one. On SQLite this is
+    `writing`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._kept: Connection | None = None
+        event.listen(engine, "engine_disposed", self._close)
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """The connection for one statement, or for some of which each is committed alone."""
+        if self._engine.dialect.name == "sqlite":
+            with writing(self._engine) as connection:
+                yield connection
+            return
+        if self._kept is None:
+            connection = self._engine.connect()
+            self._kept = connection.execution_options(isolation_level="AUTOCOMMIT")
+        try:
+            yield self._kept
+        except BaseException:
+            self._kept.close()
+            self._kept = None
+            raise
+
+    def _close(self, _engine: Engine) -> None:
+        if self._kept is not None:
+            self._kept.invalidate()  # the pool that it came from is gone
+            self._kept.close()
+            self._kept = None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, Engine
 
-from relay.db.engine import is_outage, reading, writing, writing_once
+from relay.db.engine import SingleStatements, is_outage, reading, writing
 from relay.db.schema import LONGEST_INDEXED
 from relay.db.sql import Queries
 from relay.ids import dashed, lock_key
@@ -200,11 +200,12 @@ def _escape_rows(rows: bytes) -> bytes:
 
 
 class Acceptor:
-    """Inserts messages. The deliveries of a message expire `lifetime` seconds after its arrival,
-    and any worker may claim them after `grace` seconds."""
+    """Inserts messages; one thread calls `commit`. The deliveries of a message expire `lifetime`
+    seconds after its arrival, and any worker may claim them after `grace` seconds."""
 
     def __init__(self, engine: Engine, *, lifetime: float, grace: float) -> None:
         self._engine = engine
+        self._single = SingleStatements(engine)
         self._queries = Queries(engine, __name__, lifetime=lifetime, grace=grace)
 
     def commit(
@@ -223,7 +224,7 @@ class Acceptor:
         Raises the database's errors, and PositionMoved if the segment's position was neither at the
         start of the span nor behind it.
         """
-        with writing_once(self._engine) as connection:
+        with self._single.writing() as connection:
             moved = self.insert_batch(connection, messages, span, age=age, announced=announced)
         if not moved and not self.is_committed(span):
             raise PositionMoved(f"segment {span.segment} at {span.start}")

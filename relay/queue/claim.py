@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from relay.db.engine import writing, writing_once
+from relay.db.engine import SingleStatements, writing
 from relay.db.sql import Queries
 from relay.hint_entry import EARLY_SEARCH
 from relay.ids import dashed, lock_key
@@ -71,6 +71,7 @@ class WorkerQueue:
 
     def __init__(self, engine: Engine, settings: WorkerSettings) -> None:
         self.engine = engine
+        self._single = SingleStatements(engine)
         self._far = longest_claim(settings)
         sends_dsns = settings.bounces == "dsn"
         self._queries = Queries(
@@ -118,7 +119,7 @@ class WorkerQueue:
         commit_unknown, self._commit_unknown = self._commit_unknown, True
         # A message that comes alone waits for its claim, and BEGIN and COMMIT are round trips.
         alone = len(items) == len(requests) == 1 == len(requests[0].capacity) and not commit_unknown
-        with (writing_once if alone else writing)(self.engine) as connection:
+        with self._single.writing() if alone else writing(self.engine) as connection:
             if alone and requests[0].early:
                 self._wait_for_rows(connection, requests[0])
             # `Rescuer.expire_worker` locks the worker first and then its deliveries, as here.

@@ -499,18 +499,19 @@ class Lost(Exception):
 @contextmanager
 def lost_commit(worker_queue: WorkerQueue, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The next commit of this queue is done, and its worker never learns that."""
-    from relay.db.engine import writing, writing_once
+    from relay.db.engine import SingleStatements, writing
     from relay.queue import claim as claims
 
     @contextmanager
-    def doubtful(transaction: Any, engine: Any) -> Iterator[Any]:
-        with transaction(engine) as connection:
+    def doubtful(transaction: Any, of: Any) -> Iterator[Any]:
+        with transaction(of) as connection:
             yield connection
         raise OperationalError("COMMIT", {}, Lost())
 
     with monkeypatch.context() as patch:
         patch.setattr(claims, "writing", partial(doubtful, writing))
-        patch.setattr(claims, "writing_once", partial(doubtful, writing_once))
+        single = SingleStatements.writing
+        patch.setattr(SingleStatements, "writing", lambda one: doubtful(single, one))
         with pytest.raises(OperationalError):
             yield
 

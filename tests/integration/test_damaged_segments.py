@@ -142,7 +142,7 @@ def test_a_segment_of_which_nothing_can_be_read_keeps_its_position(
     disk.add(path, 0, path.stat().st_size)
     with spooler(queue, bound):
         until(lambda: others[0].queue_id in places(queue))
-        assert segments(queue)[path.stem] == (BLOCK, False)
+        assert segments(queue).get(path.stem) in (None, (BLOCK, False))
         disk.heal()
         until(lambda: {one.queue_id for one in requests} <= {*places(queue)})
     assert {state for state, _ in states(queue).values()} == {"queued"}

@@ -162,21 +162,27 @@ def test_a_spooler_lets_a_discarded_segment_go(
     monkeypatch.setattr("reception.committer.ADOPT_INTERVAL", 0.05)
     ids, path = kept
     finish(queue, ids)
-    inode = path.stat().st_ino
+    file = identity(path)
     with spooler(queue, spool) as harness:
-        until(lambda: inode in open_inodes())
+        until(lambda: file in open_files())
         harness.wait_for_rows(harness.request())
         typed("fsck", "--discard", path.stem, "--yes")
-        until(lambda: inode not in open_inodes())
+        until(lambda: file not in open_files())
         harness.wait_for_rows(harness.request())
 
 
-def open_inodes() -> set[int]:
-    """What this process has open; the numbers of files."""
-    found = set[int]()
+def identity(path: Path) -> tuple[int, int]:
+    """Device and inode of a file."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def open_files() -> set[tuple[int, int]]:
+    """What this process has open."""
+    found = set[tuple[int, int]]()
     for handle in Path("/proc/self/fd").iterdir():
         try:
-            found.add(handle.stat().st_ino)
+            found.add(identity(handle))
         except OSError:  # it was closed meanwhile
             continue
     return found
