@@ -46,7 +46,7 @@ from qmqp.body import (
     BodyStream,
     BodyStreamReader,
 )
-from qmqp.connection import Stopped, Unreachable, Wakeup, connect, describe
+from qmqp.connection import Preconnection, Stopped, Unreachable, Wakeup, connect, describe
 from qmqp.reply import KEPT_TEXT, MalformedReply, Reply, ReplyParser
 from qmqp.request import Request
 
@@ -157,6 +157,7 @@ class ClientConnection:
     `may_commit` is called immediately before a write that holds the last byte; False ends the
     transfer. `hold_back`: the last byte leaves no sooner than so many seconds after the connection
     was made, so that a server which closes connections unread does so before the commit point.
+    `preconnection`: the connection to use; this object closes it from now on.
     """
 
     request: Request
@@ -168,6 +169,7 @@ class ClientConnection:
     timeouts: Timeouts = field(default_factory=Timeouts)
     may_commit: Callable[[], bool] | None = None
     hold_back: float = 0.0
+    preconnection: Preconnection | None = None
     committed: bool = field(default=False, init=False)
     bytes_sent: int = field(default=0, init=False)
 
@@ -180,6 +182,10 @@ class ClientConnection:
     _write_error: str = field(default="", init=False)
     _parser: ReplyParser = field(default_factory=ReplyParser, init=False)
     _reply: Reply | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.preconnection is not None:
+            self._wakeup = self.preconnection.wakeup
 
     async def run(self) -> Result:
         """Connect, send, and return the result, whatever the network or the server does. May be
@@ -209,10 +215,7 @@ class ClientConnection:
             self._wakeup.stop()
 
     async def _exchange(self) -> Reply:
-        deadline = min(self._began + self.timeouts.connect, self._session_end)
-        self._sock = sock = await connect(
-            self.host or "", self.port, self.path, deadline, self._wakeup
-        )
+        self._sock = sock = await self._connect()
         self._connected = monotonic()
         loop = asyncio.get_running_loop()
         try:
@@ -225,6 +228,12 @@ class ClientConnection:
         finally:
             loop.remove_reader(sock.fileno())
             sock.close()
+
+    async def _connect(self) -> socket.socket:
+        if self.preconnection is not None:
+            return await self.preconnection.ready()
+        deadline = min(self._began + self.timeouts.connect, self._session_end)
+        return await connect(self.host or "", self.port, self.path, deadline, self._wakeup)
 
     async def _write(self) -> None:
         """Write until the last byte has left. Raises WriteEnded, ReplyLost, Stopped."""

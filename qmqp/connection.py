@@ -129,6 +129,35 @@ async def connect(
     raise Unreachable(f"no connection: {'; '.join(failures)}")
 
 
+class Preconnection:
+    """A connection that is made while its request is still being prepared. `close` ends it, unless
+    somebody has the socket of `ready`. Needs a running loop."""
+
+    def __init__(self, host: str, port: int, path: str | None, seconds: float) -> None:
+        self.wakeup = Wakeup()
+        self._connecting = asyncio.get_running_loop().create_task(
+            connect(host, port, path, monotonic() + seconds, self.wakeup)
+        )
+
+    async def ready(self) -> socket.socket:
+        """The socket. Raises as `connect`."""
+        try:
+            return await self._connecting
+        except asyncio.CancelledError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Nobody needs the connection."""
+        self.wakeup.stop()
+        self._connecting.add_done_callback(_close_socket)
+
+
+def _close_socket(connecting: asyncio.Task[socket.socket]) -> None:
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().close()
+
+
 async def _resolve(host: str, port: int, deadline: float, wakeup: Wakeup) -> list[Address]:
     if literal := _literal(host, port):
         return [literal]

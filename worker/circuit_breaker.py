@@ -8,9 +8,9 @@ circuit is about the server and not about the mail. A server to which no connect
 for which mail waits is probed by connections alone (`worker.prober`), and gets its transfer when
 one of them came about.
 
-What must stay true: a slot is released exactly once; no I/O, and no clock but the one given. All of
-it belongs to the engine's loop, but the sweeper's thread sets `pauses` and `awaited` and reports
-failures, so no state may be half done in between.
+What must stay true: a slot is released exactly once; nothing waits, and no clock counts but the one
+given. All of it belongs to the engine's loop, but the sweeper's thread sets `pauses` and `awaited`
+and reports failures, so no state may be half done in between.
 """
 
 import random
@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
+from qmqp.connection import Preconnection
 from relay.routes import Route, Server
 
 FAILURES_TO_OPEN = 3
@@ -63,17 +64,26 @@ class ServerState:
 @dataclass(slots=True)
 class ConnectionSlot:
     """The right to open one connection to `server`, until it is released. `reserved`: for a
-    delivery that is not claimed yet; `test`: the circuit of the server is open."""
+    delivery that is not claimed yet; `test`: the circuit of the server is open; `preconnection`: it
+    is being opened already, and is closed with the slot unless somebody takes it."""
 
     server: Server
     route: str
     state: ServerState
     reserved: bool
     test: bool
+    preconnection: Preconnection | None = None
     _held: bool = True
+
+    def take_preconnection(self) -> Preconnection | None:
+        """The connection that is being opened. The caller closes it."""
+        taken, self.preconnection = self.preconnection, None
+        return taken
 
     def release(self) -> None:
         """Return the slot; a second call does nothing."""
+        if preconnection := self.take_preconnection():
+            preconnection.close()
         if self._held:
             self._held = False
             self.state.used[self.route] -= 1
@@ -276,6 +286,13 @@ class ServerPool:
         """
         after = self.state(server).breaker.closed_after
         return min(MAX_HOLD_BACK, MIN_HOLD_BACK + 2 * after) if after else 0.0
+
+    def preconnect(self, slot: ConnectionSlot, seconds: float) -> None:
+        """Begin to open the connection of a slot, in so many seconds, if the server works as far as
+        we know."""
+        server = slot.server
+        if self.closed(server) and not self.hold_back(server):
+            slot.preconnection = Preconnection(server.host or "", server.port, server.path, seconds)
 
     def closed(self, server: Server) -> bool:
         """Whether the circuit of the server is closed. One that may be tested is not."""

@@ -213,14 +213,26 @@ class DeliveryTask:
         except ValueError as error:
             return self._no_request(error)
         while not self._aborted:
-            if self.slot is not None:
-                self.slot.release()
-            self.slot = self.config.servers.take(self.route, self._tried)
+            self._take_slot()
             if self.slot is None:
                 return self._no_server_left()
             if completion := await self._try(self.slot, request):
                 return completion
         return self.requeued()
+
+    def _take_slot(self) -> None:
+        """Exchange the slot for one at the next server. A preconnection to that server goes
+        along."""
+        preconnection = None
+        if (old := self.slot) is not None:
+            preconnection = old.take_preconnection()
+            old.release()
+        self.slot = new = self.config.servers.take(self.route, self._tried)
+        if preconnection is not None:
+            if new is not None and old is not None and new.server == old.server:
+                new.preconnection = preconnection
+            else:
+                preconnection.close()
 
     async def _try(self, slot: ConnectionSlot, request: Request) -> Completion | None:
         """Try one server; None if the next is to be tried."""
@@ -237,6 +249,7 @@ class DeliveryTask:
             timeouts=self.config.timeouts,
             may_commit=self._may_commit,
             hold_back=self.config.servers.hold_back(server),
+            preconnection=slot.take_preconnection(),
         )
         try:
             result = await self._connection.run()

@@ -43,6 +43,7 @@ class HintBatch(threading.Event):
         self.left = 0
         self._received = time.monotonic()
         self._until = self._received + EARLY_SEARCH if early else 0.0
+        self.preconnected = False
 
     def may_be_early(self, requested: float) -> bool:
         """Whether a claim that was requested then (monotonic) may have come before the rows."""
@@ -201,6 +202,7 @@ class Producer:
     ) -> None:
         self._settings = settings
         self._routes = routes
+        self._servers = servers
         self._request = request
         self._call_in = call_in
         self.capacity = Capacity(routes, servers, settings.worker_connections, settings.batch_size)
@@ -258,11 +260,21 @@ class Producer:
         hints.requested = True
         hints.moved_at = now
         early = len(taken) == 1 and taken[0][1].may_be_early(now)
+        if early:
+            self._preconnect(taken[0][1], reserved[route])
         self._request(
             ClaimRequest(worker, [queue_id for queue_id, _ in taken], _counts(reserved), early),
             partial(self._hints_claimed, hints, taken, reserved, now),
         )
         return True
+
+    def _preconnect(self, batch: HintBatch, slots: Slots) -> None:
+        """Have a lone message wait for its claim and its connection at the same time. Without rows
+        the connection is closed, so there is only one."""
+        (slot,) = slots
+        if slot is not None and not batch.preconnected:
+            batch.preconnected = True
+            self._servers.preconnect(slot, self._settings.connect_timeout)
 
     def _hints_claimed(
         self,

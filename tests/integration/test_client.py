@@ -894,6 +894,87 @@ def test_B38_stopped_while_it_connects(run, hello, deaf_port):
     assert result.seconds < 5
 
 
+# Preconnections
+
+
+def preconnected(run: Run, port: int, options: dict[str, Any], **more: Any) -> Result:
+    """The result of a transfer over a connection that is being made before."""
+
+    async def scenario() -> Result:
+        preconnection = connection.Preconnection("127.0.0.1", port, None, 0.3)
+        if "abort_after" in more:
+            transfer = ClientConnection(**options, preconnection=preconnection)
+            asyncio.get_running_loop().call_later(more["abort_after"], transfer.abort)
+            return await transfer.run()
+        # A host that does not exist: the connection is the one that was made.
+        return await send(host="host.invalid", preconnection=preconnection, **options)
+
+    result: Result = run(scenario())
+    return result
+
+
+def test_a_preconnection_is_used(run, hello):
+    with running_sink() as sink:
+        result = preconnected(run, sink.port, hello)
+        assert (result.outcome, sink.count, sink.connections) == (SendOutcome.DELIVERED, 1, 1)
+
+
+def test_a_preconnection_that_fails_is_an_unreachable_server(run, hello):
+    result = preconnected(run, free_port(), hello)
+    assert (result.outcome, result.committed) == (SendOutcome.UNREACHABLE, False)
+    assert b"ECONNREFUSED" in result.text
+
+
+def test_a_preconnection_in_time_or_never(run, hello, deaf_port):
+    result = preconnected(run, deaf_port, hello | {"timeouts": Timeouts()})
+    assert (result.outcome, result.ours) == (SendOutcome.UNREACHABLE, False)
+
+
+def test_a_transfer_stops_while_its_preconnection_is_made(run, hello, deaf_port):
+    result = preconnected(run, deaf_port, hello | {"timeouts": Timeouts()}, abort_after=0.05)
+    assert (result.outcome, result.ours) == (SendOutcome.INTERRUPTED, True)
+
+
+def test_a_preconnection_that_is_not_needed_is_closed(run):
+    async def scenario(listener: socket.socket) -> bytes:
+        preconnection = connection.Preconnection("127.0.0.1", listener.getsockname()[1], None, 5)
+        loop = asyncio.get_running_loop()
+        server, _ = await loop.sock_accept(listener)
+        with server:
+            preconnection.close()
+            return await asyncio.wait_for(loop.sock_recv(server, 1), 10)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        with pytest.raises(ConnectionResetError):
+            run(scenario(listener))
+
+
+def test_a_preconnection_that_is_not_needed_is_not_waited_for(run, deaf_port):
+    async def scenario() -> None:
+        preconnection = connection.Preconnection("127.0.0.1", deaf_port, None, 3600)
+        preconnection.close()
+        await preconnection.ready()
+
+    with pytest.raises(connection.Stopped):
+        run(scenario())
+
+
+def test_a_cancelled_transfer_closes_its_preconnection(run, hello, deaf_port):
+    async def scenario() -> None:
+        preconnection = connection.Preconnection("127.0.0.1", deaf_port, None, 60)
+        transfer = ClientConnection(**hello, preconnection=preconnection)
+        running = asyncio.create_task(transfer.run())
+        await asyncio.sleep(0)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        with pytest.raises(asyncio.CancelledError):
+            await preconnection.ready()
+
+    run(scenario())
+
+
 def test_B38_after_the_commit_point_nothing_is_stopped(run, hello):
     async def scenario(port: int) -> Result:
         transfer = ClientConnection(host="127.0.0.1", port=port, **hello | {"timeouts": Timeouts()})

@@ -121,6 +121,45 @@ def test_an_early_hint_is_enough_to_deliver(
     assert [*filter(None, hinted_claims)] == [1, 1]
 
 
+def test_an_early_hint_connects_while_it_claims(
+    harness_with: Open, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server sees the connection before the claim is committed, and no other one."""
+    claiming, go_on = threading.Event(), threading.Event()
+    commit = WorkerQueue.commit
+
+    def slow(queue: WorkerQueue, items: Sequence[Command]) -> list[CommandResult]:
+        if any(isinstance(item, ClaimRequest) and item.early for item in items):
+            claiming.set()
+            assert go_on.wait(20)
+        return commit(queue, items)
+
+    monkeypatch.setattr(WorkerQueue, "commit", slow)
+    mail = harness_with(sink, grace=60.0)
+    with mail.working() as engine:
+        queue_id = mail.accept()
+        engine.offer([queue_id], early=True)
+        assert claiming.wait(20)
+        until(lambda: sink.connections == 1)
+        assert sink.count == 0
+        go_on.set()
+        until(lambda: mail.state(queue_id) == "delivered")
+    assert (sink.count, sink.connections) == (1, 1)
+
+
+def test_an_early_hint_without_its_message_leaves_no_connection(
+    harness_with: Open, sink: Sink
+) -> None:
+    mail = harness_with(sink, grace=60.0)
+    with mail.working() as engine:
+        assert engine.offer([new_id()], early=True).wait(10)
+        until(lambda: sink.connections == 1 and not sink.open)
+        queue_id = mail.accept()
+        assert engine.offer([queue_id]).wait(10)
+        until(lambda: mail.state(queue_id) == "delivered")
+    assert sink.connections == 2, "it was tried once, however often it was claimed"
+
+
 def test_claims_for_an_early_hint_end_without_its_message(
     harness_with: Open, sink: Sink, hinted_claims: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,7 @@
 """The servers of a worker: order, slots and circuits, on a clock that the test sets."""
 
+import asyncio
+
 import pytest
 
 from relay.routes import Route, parse_server
@@ -267,6 +269,24 @@ def test_the_last_byte_waits_where_the_last_connection_was_closed_at_once(
     assert servers.hold_back(A) == 1.0
     servers.record_success(A)
     assert servers.hold_back(A) == 0
+
+
+@pytest.mark.parametrize("works", ["yes", "circuit open", "closes at once"])
+def test_only_a_server_that_works_is_preconnected(servers: ServerPool, works: str) -> None:
+    async def scenario() -> bool:
+        slot = servers.take(BOTH, {B.name})
+        assert slot is not None
+        if works == "circuit open":
+            trip(servers)
+        elif works == "closes at once":
+            servers.record_close(A, 0.02)
+        servers.preconnect(slot, 5.0)
+        made = slot.preconnection is not None
+        slot.release()
+        assert slot.preconnection is None
+        return made
+
+    assert asyncio.run(scenario()) == (works == "yes")
 
 
 def test_a_route_without_servers_is_down(servers: ServerPool) -> None:
