@@ -58,8 +58,7 @@ ADOPT_SOON = 10.0
 """Seconds from the first adoption to the second. A spooler whose smtpd was killed goes on for five
 seconds with the rows that are missing, and has its segment until then."""
 KEPT_INTERVAL = 600.0
-"""Seconds until a damaged segment is read again: the disk may have recovered, or an operator may
-have removed it."""
+"""Seconds until a damaged segment is read again: the disk may have recovered."""
 MARK_INTERVAL = 1.0  # seconds
 _RECENT = 3600.0
 _PAUSE = 0.1
@@ -119,6 +118,7 @@ class JournalCommitter:
         self._directory, self._writer, self._local = directory, writer, local
         self._changed = threading.Condition()
         self._segments: dict[str, OpenSegment] = {}
+        self._kept: dict[str, float] = {}  # damaged segments, until they are read again (monotonic)
         self._damages = 0  # parts of segments that did not verify
         self._backlog = Backlog()  # of earlier spoolers, until their segments are adopted
         self._chunk: Chunk | None = None  # what is being committed
@@ -421,22 +421,20 @@ class JournalCommitter:
     # Segments that begin and end
 
     def _finish_segments(self) -> None:
-        """Seals what is committed to its end, or keeps it if it is damaged. Raises the database's
-        errors."""
+        """Seals what is committed to its end, or keeps it if it is damaged: without its lock, so
+        that an operator can discard it. Raises the database's errors."""
         with self._changed:
             done = [segment for segment in self._segments.values() if self._ends(segment)]
         for segment in done:
             if segment.orderly:
                 seal(self._acceptor, self._directory, segment)
-            if segment.damaged and segment.orderly:
-                segment.pending = segment.pending_octets = 0  # they cannot be read any more
-                segment.look_at = time.monotonic() + KEPT_INTERVAL
-            else:
-                self._release(segment)
+                if segment.damaged:
+                    self._kept[segment.id] = time.monotonic() + KEPT_INTERVAL
+            self._release(segment)
 
     def _ends(self, segment: OpenSegment) -> bool:
-        """Whether a segment has just been committed to its end."""
-        return segment.retired and segment.committed >= segment.end and not segment.look_at
+        """Whether a segment is committed to its end."""
+        return segment.retired and segment.committed >= segment.end
 
     def _release(self, segment: OpenSegment) -> None:
         """Closes a segment, which releases its lock."""
@@ -452,8 +450,9 @@ class JournalCommitter:
 
     def _adopt(self) -> None:
         """Takes over the segments of spoolers that have ended. Raises the database's errors."""
-        self._release_kept()
-        skip = self._acceptor.sealed_segments() | {*self._segments}
+        now = time.monotonic()
+        self._kept = {segment: until for segment, until in self._kept.items() if until > now}
+        skip = self._acceptor.sealed_segments() | {*self._segments} | {*self._kept}
         try:
             adopted = adopt(self._directory, skip=skip, local=self._local)
             voids = voided_batches(self._directory) if adopted else set()
@@ -473,13 +472,6 @@ class JournalCommitter:
         with self._changed:  # in one step, so that no message counts twice for the limit
             self._segments |= {segment.id: segment for segment in taken}
             self._backlog = Backlog()
-
-    def _release_kept(self) -> None:
-        """Lets damaged segments go that are to be read again, or were removed."""
-        now = time.monotonic()
-        for segment in [*self._segments.values()]:
-            if segment.look_at and (segment.look_at <= now or segment.file.unlinked()):
-                self._release(segment)
 
     def _taken_over(self, adopted: AdoptedSegment, void_from: float) -> Sequence[OpenSegment]:
         """An adopted segment with what of it has no rows, if it is to be replayed here."""

@@ -58,7 +58,7 @@ class OpenSegment:
     `orderly`: what lies behind `end` does not count; nor does anything from `void_from` on.
     `unreadable_until`: it could not be read, and is tried again then (monotonic); `read_again`:
     that was done once. `damaged`: messages of it may have no rows, so it is kept; `tail`: what of
-    that lies behind `end`; `look_at`: when a kept segment is read again (monotonic)."""
+    that lies behind `end`."""
 
     id: str
     name: str
@@ -74,7 +74,6 @@ class OpenSegment:
     read_again: bool = False
     damaged: bool = False
     tail: Damage | None = None
-    look_at: float = 0.0
     count: int = 0
     least: str = ""
     greatest: str = ""

@@ -4,10 +4,13 @@ A segment where messages may have no rows is never sealed, so no worker removes 
 evidence of them, and a place that cannot be read today may be readable later. An operator ends that
 with this command, after the rows of everything else are made and its deliveries are finished.
 
-What must stay true: no body goes that a delivery needs or whose rows are missing; the unlinking is
-durable before the row of the segment goes; what is removed is recorded in `audit`.
+What must stay true: no body goes that a delivery needs or whose rows are missing, also if they were
+made while the operator was asked; the unlinking is durable before the row of the segment goes; what
+is removed is recorded in `audit`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from sqlalchemy import Engine
@@ -23,6 +26,7 @@ from relay.ids import dashed
 from relay.queue.audit import AuditEntry
 from relay.report.queries import QueueReader
 from relay.settings import WorkerSettings, load
+from relay.spool.journal.blockwise import UNREADABLE
 from relay.spool.journal.directory import ADOPTED, COPY, OWNED, JournalDirectory
 from relay.spool.journal.format import SegmentHeader
 from relay.spool.journal.scan import first_void
@@ -57,16 +61,28 @@ class Discarder:
         """What the segment holds, without what has rows; None if there is no such segment."""
         return self._rebuilder.survey_of(self._segment)
 
-    def refusal(self, found: RebuildReport) -> KeptReason | None:
-        """Why the segment must stay; None if it may go."""
+    @contextmanager
+    def locked(self) -> Iterator[bool]:
+        """Whether no smtpd has the segment. Then none can adopt it meanwhile."""
+        file = self._directory.open_segment(self._segment)
+        if file is None:
+            yield True
+            return
+        try:
+            yield file.share()
+        finally:
+            file.close()
+
+    def refusal(self, found: RebuildReport, *, locked: bool) -> KeptReason | None:
+        """Why the segment must stay; None if it may go. `locked`: no smtpd has it."""
         if self._rebuilder.older:
             return KeptReason(
                 "the database is older than the spool", "run `qmqp-relay fsck --rebuild`"
             )
         if not found.damages:
             return KeptReason("it is not damaged", "workers remove it when no delivery needs it")
-        if self._has_owner():
-            remedy = "smtpd lets a damaged segment go within ten minutes: try again later"
+        if not locked:
+            remedy = "try again when it is sealed or kept, or when smtpd has ended"
             return KeptReason("a spooler writes to it, or makes its rows", remedy)
         if found.waiting:
             return KeptReason(f"{found.waiting} messages wait for their rows", "smtpd makes them")
@@ -85,7 +101,7 @@ class Discarder:
         """Remove the segment, and its row. Raises OSError and the database's errors."""
         self._mark.cover(self._engine)  # bodies of it may have been moved a moment ago
         for suffix in (OWNED, ADOPTED, COPY):
-            if self._segment + suffix in self._directory.names():
+            with suppress(FileNotFoundError):
                 self._directory.unlink(self._segment + suffix)
         self._directory.sync()
         with writing(self._engine) as connection:
@@ -95,17 +111,6 @@ class Discarder:
             )
             entry.note(connection, 0)
 
-    def _has_owner(self) -> bool:
-        """Whether a spooler has the segment under its first name. One that has adopted a segment
-        only waits for a disk to recover."""
-        if self._segment + OWNED not in self._directory.names():
-            return False
-        file = self._directory.open(self._segment + OWNED)
-        try:
-            return file.has_owner()
-        finally:
-            file.close()
-
     def _needed_by(self) -> list[str]:
         with reading(self._engine) as connection:
             rows = self._queries.run(
@@ -114,24 +119,25 @@ class Discarder:
             return [*rows.scalars()]
 
     def _declares_void(self) -> bool:
-        """Whether it declares a batch void whose segment is still there."""
+        """Whether it declares a batch void whose segment is still there. A place that the disk
+        cannot read declares nothing to any reader."""
         file = self._directory.open_segment(self._segment)
         if file is None:
             return False
         try:
             void = first_void(file, SegmentHeader(self._segment, "", 0, ""))
-        except OSError:  # nobody can read that any more
+        except OSError as error:
+            if error.errno not in UNREADABLE:
+                raise
             return False
         finally:
             file.close()
-        other = self._directory.open_segment(void.segment) if void else None
-        if other is not None:
-            other.close()
-        return other is not None
+        return void is not None and not self._directory.is_gone(void.segment)
 
 
 def run(name: str, *, yes: bool) -> int:
-    """Look at the segment, ask, and remove it; the exit status. `name` may have a suffix."""
+    """Look at the segment, ask, look again, and remove it; the exit status. `name` may have a
+    suffix."""
     segment = name.partition(".")[0]
     settings = load(WorkerSettings)
     with opened(settings) as engine:
@@ -140,18 +146,31 @@ def run(name: str, *, yes: bool) -> int:
             where = f"the spool of this database is not mounted in {settings.spool_dir}"
             raise CommandError(OUT_OF_REACH, f"{where}: run this command where it is mounted")
         discarder = Discarder(settings, engine, spool, segment)
-        found = discarder.survey()
-        if found is None:
-            say(f"there is no segment {segment}: `qmqp-relay fsck` names the damaged ones")
-            return NOTHING_MATCHED
-        for damage in found.damages:
-            say(damage)
-        if refusal := discarder.refusal(found):
-            say(f"segment {segment} is kept: {refusal.why}; {refusal.remedy}")
-            return NOTHING_MATCHED
+        with discarder.locked() as locked:
+            if not _may_go(discarder, segment, locked=locked):
+                return NOTHING_MATCHED
         summary = f"remove segment {segment}, and with it messages that may have no rows"
         if not confirmed(summary, yes=yes):
             return NOTHING_MATCHED
-        discarder.discard()
+        with discarder.locked() as locked:
+            # While the operator read, smtpd or another command may have made rows that need it.
+            if not _may_go(discarder, segment, locked=locked, shown=True):
+                return NOTHING_MATCHED
+            discarder.discard()
     print(f"segment {segment} was removed")
     return DONE
+
+
+def _may_go(discarder: Discarder, segment: str, *, locked: bool, shown: bool = False) -> bool:
+    """Whether the segment may be removed; says what is damaged, unless that is `shown`, and why it
+    must stay."""
+    found = discarder.survey()
+    if found is None:
+        say(f"this spool has no segment {segment}: `qmqp-relay fsck` names the damaged ones")
+        return False
+    for damage in () if shown else found.damages:
+        say(damage)
+    refusal = discarder.refusal(found, locked=locked)
+    if refusal:
+        say(f"segment {segment} is kept: {refusal.why}; {refusal.remedy}")
+    return refusal is None

@@ -123,9 +123,9 @@ class Rebuilder:
         return report
 
     def survey_of(self, name: str) -> RebuildReport | None:
-        """What a rebuild would make of one segment; None if there is no segment of this id."""
+        """What a rebuild would make of one segment; None if this spool has none of this id."""
         for segment in contents(self._directory):
-            if segment.id == name:
+            if segment.id == name and not self._is_foreign(segment):
                 report = RebuildReport()
                 for lacking in self._of_segment(segment, report, change=False):
                     report.count(lacking)
@@ -186,11 +186,15 @@ class Rebuilder:
             if time.monotonic() >= shown + PROGRESS:
                 say(f"reading segment {number} of the journal")
                 shown = time.monotonic()
-            if segment.header.spool not in ("", self._spool.identity):
-                say(f"{segment.name} belongs to the spool {segment.header.spool}: not read")
-                continue
-            yield from self._of_segment(segment, report, change=change)
+            if not self._is_foreign(segment):
+                yield from self._of_segment(segment, report, change=change)
         yield from self._of_files(report)
+
+    def _is_foreign(self, segment: SegmentContents) -> bool:
+        if segment.header.spool in ("", self._spool.identity):
+            return False
+        say(f"{segment.name} belongs to the spool {segment.header.spool}: not read")
+        return True
 
     def _of_segment(
         self, segment: SegmentContents, report: RebuildReport, *, change: bool

@@ -322,14 +322,7 @@ class SegmentStore:
         """Whether the batch that a segment declares void is still there."""
         # Checksums contain the id of the segment, so its name is enough.
         void = first_void(file, SegmentHeader(segment, "", 0, ""))
-        if void is None:
-            return False
-        voided = self._directory.open_segment(void.segment)
-        if voided is not None:
-            voided.close()
-            return True
-        self._directory.sync()  # its removal must be durable first
-        return False
+        return void is not None and not self._directory.is_gone(void.segment)
 
     def _compact(self, chosen: list[tuple[str, LiveRecord]]) -> int:
         """Copy some records of some segments; how many were copied."""

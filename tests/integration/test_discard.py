@@ -1,13 +1,19 @@
 """`fsck`, `fsck --rebuild` and `fsck --discard` on a disk that cannot read some places, on both
 databases: they read the rest, and nothing goes that is needed or may be needed."""
 
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from commands.ops import fsck
+from commands.ops import discard, fsck
+from reception.replay import OpenSegment, seal
+from relay.queue.accept import Acceptor
 from relay.queue.outcome import Outcome
-from relay.spool.journal.directory import ADOPTED
+from relay.spool.journal.contents import SegmentContents, contents
+from relay.spool.journal.directory import ADOPTED, JournalDirectory
 from relay.spool.journal.format import BLOCK
 from relay.spool.store import Spool
 from tests.bad_places import BadPlaces
@@ -147,42 +153,89 @@ def test_only_damaged_segments_are_discarded(
     refused = typed("fsck", "--discard", path.stem, "--yes", status=1)
     assert "it is not damaged" in refused.stderr
     assert path.exists()
-    assert "there is no segment" in typed("fsck", "--discard", "abc", "--yes", status=1).stderr
+    assert "has no segment abc" in typed("fsck", "--discard", "abc", "--yes", status=1).stderr
     typed("fsck", "--discard", path.stem, "--repair", status=2)
 
 
-def test_a_spooler_lets_a_discarded_segment_go(
+def test_a_segment_that_a_spooler_keeps_is_discarded(
     queue: QueueHarness,
     spool: Spool,
     typed: Typed,
     kept: tuple[list[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("reception.committer.ADOPT_SOON", 0.05)
-    monkeypatch.setattr("reception.committer.ADOPT_INTERVAL", 0.05)
+    kept_again = threading.Event()
+
+    def seal_and_tell(
+        acceptor: Acceptor, directory: JournalDirectory, segment: OpenSegment
+    ) -> None:
+        seal(acceptor, directory, segment)
+        if segment.id == kept[1].stem:
+            kept_again.set()
+
+    monkeypatch.setattr("reception.committer.seal", seal_and_tell)
     ids, path = kept
     finish(queue, ids)
-    file = identity(path)
     with spooler(queue, spool) as harness:
-        until(lambda: file in open_files())
-        harness.wait_for_rows(harness.request())
+        assert kept_again.wait(20)
+        until(lambda: not JournalDirectory(spool.handle).open(path.name).has_owner())
         typed("fsck", "--discard", path.stem, "--yes")
-        until(lambda: file not in open_files())
         harness.wait_for_rows(harness.request())
+    assert not path.exists()
 
 
-def identity(path: Path) -> tuple[int, int]:
-    """Device and inode of a file."""
-    status = path.stat()
-    return status.st_dev, status.st_ino
+def test_rows_that_are_missing_after_the_question_keep_a_segment(
+    queue: QueueHarness,
+    typed: Typed,
+    kept: tuple[list[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ids, path = kept
+    finish(queue, ids)
+
+    def restore(_summary: str, *, yes: bool) -> bool:
+        forget(queue, ids[0])
+        return yes
+
+    monkeypatch.setattr(discard, "confirmed", restore)
+    refused = typed("fsck", "--discard", path.stem, "--yes", status=1)
+    assert "the rows of 1 messages are missing" in refused.stderr
+    assert path.exists()
 
 
-def open_files() -> set[tuple[int, int]]:
-    """What this process has open."""
-    found = set[tuple[int, int]]()
-    for handle in Path("/proc/self/fd").iterdir():
-        try:
-            found.add(identity(handle))
-        except OSError:  # it was closed meanwhile
-            continue
-    return found
+def test_a_segment_that_smtpd_adopts_during_the_question_stays(
+    queue: QueueHarness,
+    spool: Spool,
+    typed: Typed,
+    kept: tuple[list[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may make rows of a place that can be read again."""
+    ids, path = kept
+    finish(queue, ids)
+    file = JournalDirectory(spool.handle).open(path.name, write=True)
+    monkeypatch.setattr(discard, "confirmed", lambda _summary, *, yes: file.lock() and yes)
+    refused = typed("fsck", "--discard", path.stem, "--yes", status=1)
+    assert "makes its rows" in refused.stderr
+    assert path.exists()
+    file.close()
+
+
+def test_a_segment_of_another_spool_is_not_discarded(
+    queue: QueueHarness,
+    spool: Spool,
+    typed: Typed,
+    kept: tuple[list[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ids, path = kept
+    finish(queue, ids)
+
+    def foreign(directory: JournalDirectory) -> Iterator[SegmentContents]:
+        for one in contents(directory):
+            yield replace(one, header=one.header._replace(spool="another"))
+
+    monkeypatch.setattr("commands.ops.rebuild.contents", foreign)
+    refused = typed("fsck", "--discard", path.stem, "--yes", status=1)
+    assert "belongs to the spool another" in refused.stderr
+    assert path.exists()

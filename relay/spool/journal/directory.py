@@ -89,12 +89,19 @@ class SegmentFile:
             return False
         return True
 
-    def has_owner(self) -> bool:
-        """Whether another process has the lock. Takes it for a moment if none has, shared: two
-        that ask do not see each other. Raises OSError."""
+    def share(self) -> bool:
+        """Keep other processes from the lock, together with all that share it; False if one has it.
+        A file that is open to read is enough. Raises OSError."""
         try:
             fcntl.flock(self._handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
+            return False
+        return True
+
+    def has_owner(self) -> bool:
+        """Whether another process has the lock. Shares it for a moment if none has: two that ask do
+        not see each other. Raises OSError."""
+        if not self.share():
             return True
         fcntl.flock(self._handle, fcntl.LOCK_UN)
         return False
@@ -164,6 +171,15 @@ class JournalDirectory:
             with suppress(FileNotFoundError):
                 return self.open(segment + suffix)
         return None
+
+    def is_gone(self, segment: str) -> bool:
+        """Whether a segment has no name any more, not even after a power failure."""
+        file = self.open_segment(segment)
+        if file is not None:
+            file.close()
+            return False
+        self.sync()  # its removal may not be durable yet
+        return True
 
     def rename(self, old: str, new: str) -> None:
         """Rename a file; `sync` makes that durable."""
