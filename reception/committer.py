@@ -40,6 +40,7 @@ from relay.queue.accept import Acceptor, EncodedMessage, PositionMoved
 from relay.spool.journal.adoption import AdoptedSegment, adopt, voided_batches, voided_from
 from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory
 from relay.spool.journal.format import BLOCK
+from relay.spool.journal.scan import Damage
 from relay.spool.journal.writer import JournalWriter
 from relay.spool.mark import SpoolMark
 
@@ -119,6 +120,7 @@ class JournalCommitter:
         self._changed = threading.Condition()
         self._segments: dict[str, OpenSegment] = {}
         self._kept: dict[str, float] = {}  # damaged segments, until they are read again (monotonic)
+        self._tails = set[tuple[str, int]]()  # segments and positions of tails that were counted
         self._damages = 0  # parts of segments that did not verify
         self._backlog = Backlog()  # of earlier spoolers, until their segments are adopted
         self._chunk: Chunk | None = None  # what is being committed
@@ -486,10 +488,16 @@ class JournalCommitter:
             return ()
         log.info("segment adopted", segment=segment.id, messages=segment.pending)
         if segment.tail is not None:
-            log_damage(segment.id, segment.tail)
+            self._count_tail(segment.id, segment.tail)
+        return (segment,)
+
+    def _count_tail(self, segment: str, tail: Damage) -> None:
+        """Tells of a tail that cannot be read, once: its segment is adopted again and again."""
+        if (segment, tail.position) not in self._tails:
+            self._tails.add((segment, tail.position))
+            log_damage(segment, tail)
             with self._changed:
                 self._damages += 1
-        return (segment,)
 
 
 def _log_outage(error: Exception) -> None:
