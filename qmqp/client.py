@@ -193,7 +193,7 @@ class ClientConnection:
 
         Raises BodyFault, and OSError when this process cannot open another socket (EMFILE and the
         like). Cancelling before the commit point closes the connection."""
-        self._began = monotonic()
+        self._began = self.preconnection.began if self.preconnection else monotonic()
         self._session_end = self._began + self.timeouts.session
         try:
             return self._replied(await self._exchange())
@@ -216,7 +216,6 @@ class ClientConnection:
 
     async def _exchange(self) -> Reply:
         self._sock = sock = await self._connect()
-        self._connected = monotonic()
         loop = asyncio.get_running_loop()
         try:
             if self.path is None and self.request.size > self.block_size:
@@ -231,9 +230,14 @@ class ClientConnection:
 
     async def _connect(self) -> socket.socket:
         if self.preconnection is not None:
-            return await self.preconnection.ready()
+            sock = await self.preconnection.ready()
+            self._connected = self.preconnection.made
+            self._readable = True  # the server may have closed it meanwhile
+            return sock
         deadline = min(self._began + self.timeouts.connect, self._session_end)
-        return await connect(self.host or "", self.port, self.path, deadline, self._wakeup)
+        sock = await connect(self.host or "", self.port, self.path, deadline, self._wakeup)
+        self._connected = monotonic()
+        return sock
 
     async def _write(self) -> None:
         """Write until the last byte has left. Raises WriteEnded, ReplyLost, Stopped."""

@@ -15,6 +15,7 @@ still in the send buffer may follow, or the server could get the last byte after
 
 import asyncio
 import errno
+import math
 import os
 import socket
 import threading
@@ -24,6 +25,7 @@ from time import monotonic
 from typing import Any
 
 CACHE_TTL = 5.0  # seconds
+PRECONNECTION_LIFE = 1.0  # seconds; less than servers wait for a request
 LATE = 1.0  # seconds; a timer that is later than this shows that the process was stopped
 RESET_ON_CLOSE = pack("ii", 1, 0)  # the value of SO_LINGER
 _NON_BLOCKING = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -131,16 +133,31 @@ async def connect(
 
 class Preconnection:
     """A connection that is made while its request is still being prepared. `close` ends it, unless
-    somebody has the socket of `ready`. Needs a running loop."""
+    somebody has the socket of `ready`. `began` and `made` are the times of its beginning and of its
+    end (monotonic; infinite before). Needs a running loop."""
 
     def __init__(self, host: str, port: int, path: str | None, seconds: float) -> None:
         self.wakeup = Wakeup()
+        self.began, self.made = monotonic(), math.inf
         self._connecting = asyncio.get_running_loop().create_task(
-            connect(host, port, path, monotonic() + seconds, self.wakeup)
+            self._connect(host, port, path, self.began + seconds)
         )
 
+    @property
+    def stale(self) -> bool:
+        """Whether the server may have waited too long for a request."""
+        return monotonic() - self.made > PRECONNECTION_LIFE
+
+    async def _connect(
+        self, host: str, port: int, path: str | None, deadline: float
+    ) -> socket.socket:
+        connected = await connect(host, port, path, deadline, self.wakeup)
+        self.made = monotonic()
+        return connected
+
     async def ready(self) -> socket.socket:
-        """The socket. Raises as `connect`."""
+        """The socket, on which the server may have written already, or which it may have closed.
+        Raises as `connect`."""
         try:
             return await self._connecting
         except asyncio.CancelledError:

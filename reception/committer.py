@@ -12,7 +12,7 @@ database refuses gets rows that are held, because its client has heard 250.
 
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -125,8 +125,9 @@ class JournalCommitter:
         self._backlog = Backlog()  # of earlier spoolers, until their segments are adopted
         self._chunk: Chunk | None = None  # what is being committed
         self._others_turn = False
-        self._held: deque[WrittenBatch] = deque()
-        self._held_messages = self._held_octets = 0
+        # By segment, because one that cannot be read for a while must not stand before another.
+        self._held: defaultdict[str, deque[WrittenBatch]] = defaultdict(deque)
+        self._held_messages = self._held_octets = 0  # of all segments
         self._unreplied: deque[WrittenBatch] = deque()
         self._behind = False  # a reply waited in vain; no reply waits until all rows are made
         self._oldest = time.monotonic()  # about when the oldest message without a row arrived
@@ -180,7 +181,7 @@ class JournalCommitter:
             segment.add([queue_id for queue_id, _ in batch.hints], bodies, batch.size)
             octets = batch.in_memory
             if self._held_messages < MAX_HELD and self._held_octets + octets <= MAX_HELD_OCTETS:
-                self._held.append(batch)
+                self._held[batch.segment].append(batch)
                 self._held_messages += len(batch.messages)
                 self._held_octets += octets
             waits = wait and not self._behind
@@ -323,13 +324,12 @@ class JournalCommitter:
             self._others_turn = bool(others) and not self._others_turn
             ours = [segment for segment in pending if segment.ours]
             segment = others[0] if self._others_turn or not ours else ours[0]
-            head = self._held[0] if self._held else None
-            end = segment.end
-            if head is not None and head.segment == segment.id:
-                if head.start == segment.committed:
-                    self._chunk = self._from_memory(segment)
+            held, end = self._held.get(segment.id), segment.end
+            if held:
+                if held[0].start == segment.committed:
+                    self._chunk = self._from_memory(segment, held)
                     return self._chunk
-                end = head.start
+                end = held[0].start
         try:
             chunk = read_chunk(segment, end)
         except OSError as error:
@@ -350,15 +350,15 @@ class JournalCommitter:
         """Whether rows of a segment are missing that can be made now."""
         return segment.committed < segment.end and segment.unreadable_until <= time.monotonic()
 
-    def _from_memory(self, segment: OpenSegment) -> Chunk:
-        """The first batches in memory. The caller has seen that there is one."""
+    def _from_memory(self, segment: OpenSegment, held: deque[WrittenBatch]) -> Chunk:
+        """The first batches of a segment in memory. The caller has seen that there is one."""
         batches: list[WrittenBatch] = []
         end, count, octets = segment.committed, 0, 0
-        arrived = self._held[0].written
-        while self._held:
-            head = self._held[0]
+        arrived = held[0].written
+        while held:
+            head = held[0]
             size = head.in_memory
-            if (head.segment, head.start) != (segment.id, end) or (
+            if head.start != end or (
                 batches
                 and (
                     count + len(head.messages) > MAX_ROWS
@@ -367,7 +367,7 @@ class JournalCommitter:
                 )
             ):
                 break
-            batches.append(self._held.popleft())
+            batches.append(held.popleft())
             end, count, octets = head.end, count + len(head.messages), octets + size
         self._held_messages -= count
         self._held_octets -= octets
@@ -442,9 +442,9 @@ class JournalCommitter:
         """Closes a segment, which releases its lock."""
         with self._changed:
             del self._segments[segment.id]
-            self._held = deque(batch for batch in self._held if batch.segment != segment.id)
-            self._held_messages = sum(len(batch.messages) for batch in self._held)
-            self._held_octets = sum(batch.in_memory for batch in self._held)
+            for batch in self._held.pop(segment.id, ()):
+                self._held_messages -= len(batch.messages)
+                self._held_octets -= batch.in_memory
         if segment.ours:
             self._writer.close_segment(segment.id)
         else:

@@ -42,7 +42,7 @@ from relay.runtime import freeze_memory
 from relay.spool.journal.directory import JournalDirectory
 from relay.spool.journal.format import SEGMENT_SIZE, JournalRecord, RecordKind
 from relay.spool.journal.supply import SegmentSupply
-from relay.spool.journal.writer import AppendUnknown, JournalWriter
+from relay.spool.journal.writer import AppendedBatch, AppendUnknown, JournalWriter
 from relay.spool.mark import SpoolMark
 from relay.spool.store import Spool
 
@@ -166,26 +166,13 @@ class Spooler:
         """Appends a batch, and replies if it need not wait for the rows."""
         lag = self.lag()
         size = sum(request.size + len(request.rows) for request in requests)
+        appended: AppendedBatch | StoreFault
         if lag.octets + size > self._limit:
-            fault = StoreFault("RELAY_JOURNAL_LIMIT: too much waits for the database")
-            self._reply([(request.number, fault) for request in requests])
-            return
-        records = [
-            JournalRecord(
-                RecordKind.LARGE if request.body is None else RecordKind.MESSAGE,
-                request.queue_id,
-                request.rows,
-                b"".join(request.body or ()),
-            )
-            for request in requests
-        ]
-        try:
-            self._spool.checked_handle()
-            appended = self._writer.append(records, mark=self._mark.known)
-        except (OSError, AppendUnknown) as error:
-            number = (error.errno or errno.EIO) if isinstance(error, OSError) else 0
-            fault = StoreFault(str(error), number, unknown=isinstance(error, AppendUnknown))
-            self._reply([(request.number, fault) for request in requests])
+            appended = StoreFault("RELAY_JOURNAL_LIMIT: too much waits for the database")
+        else:
+            appended = self._append(requests)
+        if isinstance(appended, StoreFault):
+            self._reply([(request.number, appended) for request in requests])
             return
         batch = WrittenBatch(
             appended.segment,
@@ -209,6 +196,24 @@ class Spooler:
             self._committer.put(batch, wait=False)
         elif not self._committer.put(batch, wait=True):
             self._answer([batch])
+
+    def _append(self, requests: Sequence[StoreRequest]) -> AppendedBatch | StoreFault:
+        """Writes messages to the journal and syncs them."""
+        records = [
+            JournalRecord(
+                RecordKind.LARGE if request.body is None else RecordKind.MESSAGE,
+                request.queue_id,
+                request.rows,
+                b"".join(request.body or ()),
+            )
+            for request in requests
+        ]
+        try:
+            self._spool.checked_handle()
+            return self._writer.append(records, mark=self._mark.known)
+        except (OSError, AppendUnknown) as error:
+            number = (error.errno or errno.EIO) if isinstance(error, OSError) else 0
+            return StoreFault(str(error), number, unknown=isinstance(error, AppendUnknown))
 
     def _tell_lag(self) -> None:
         """Tells smtpd each second what has no rows, and once that nothing is left: without mail and

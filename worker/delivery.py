@@ -228,11 +228,12 @@ class DeliveryTask:
             preconnection = old.take_preconnection()
             old.release()
         self.slot = new = self.config.servers.take(self.route, self._tried)
-        if preconnection is not None:
-            if new is not None and old is not None and new.server == old.server:
-                new.preconnection = preconnection
-            else:
-                preconnection.close()
+        if old is None or preconnection is None:
+            return
+        if new is not None and new.server == old.server and not preconnection.stale:
+            new.preconnection = preconnection
+        else:
+            preconnection.close()
 
     async def _try(self, slot: ConnectionSlot, request: Request) -> Completion | None:
         """Try one server; None if the next is to be tried."""

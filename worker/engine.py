@@ -35,12 +35,12 @@ from relay.routes import Route, Routes
 from relay.runtime import new_loop
 from relay.settings import WorkerSettings
 from relay.spool.bodies import Bodies, BodyMisplaced
+from relay.spool.damaged_bodies import RECHECK, DamagedBodies
 from relay.spool.journal.blockwise import UNREADABLE
 from relay.spool.journal.format import Place
 from relay.spool.store import BodyUnsendable, Spool
 from worker.body_io import BodyIo, Opened
 from worker.circuit_breaker import ConnectionSlot, ServerPool
-from worker.damaged_bodies import RECHECK, DamagedBodies
 from worker.delivery import DeliveryTask, TransferConfig, log_outcome
 from worker.lease import Lease
 from worker.prober import Prober

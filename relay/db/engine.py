@@ -12,6 +12,7 @@ import fcntl
 import logging
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -210,12 +211,13 @@ class SingleStatements:
 
     The thread keeps its connection: to take one from the pool, set it to autocommit and return it
     takes nearly as long as the round trip. After an error it takes another one. On SQLite this is
-    `writing`.
+    `writing`. Another thread may dispose of the engine, and waits for the statement.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._kept: Connection | None = None
+        self._in_use = threading.Lock()
         event.listen(engine, "engine_disposed", self._close)
 
     @contextmanager
@@ -225,21 +227,22 @@ class SingleStatements:
             with writing(self._engine) as connection:
                 yield connection
             return
-        if self._kept is None:
-            connection = self._engine.connect()
-            self._kept = connection.execution_options(isolation_level="AUTOCOMMIT")
-        try:
-            yield self._kept
-        except BaseException:
-            self._kept.close()
-            self._kept = None
-            raise
+        with self._in_use:
+            if self._kept is None:
+                self._kept = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            try:
+                yield self._kept
+            except BaseException:
+                self._kept.close()
+                self._kept = None
+                raise
 
     def _close(self, _engine: Engine) -> None:
-        if self._kept is not None:
-            self._kept.invalidate()  # the pool that it came from is gone
-            self._kept.close()
-            self._kept = None
+        with self._in_use:
+            if self._kept is not None:
+                self._kept.invalidate()  # the pool that it came from is gone
+                self._kept.close()
+                self._kept = None
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from relay.queue.split import can_carry
 from relay.queue.states import ReasonSource
 from relay.settings import Settings, unauthorized_pattern
 from relay.spool.bodies import Bodies, BodyMisplaced
+from relay.spool.damaged_bodies import DamagedBodies
 from relay.spool.journal.format import Place
 from relay.spool.retention import deletable_bodies
 from relay.spool.store import BodyUnsendable, Spool
@@ -84,6 +85,7 @@ class DsnGenerator:
         self._postmaster = {"postmaster", f"postmaster@{settings.hostname}".lower()}
         self._unauthorized = unauthorized_pattern(settings)
         self._acceptor = Acceptor(engine, lifetime=settings.queue_lifetime, grace=settings.grace)
+        self._damaged_bodies = DamagedBodies()
         # Messages that failed here, each with the time of its next try (`time.monotonic`).
         self._put_off: dict[str, float] = {}
 
@@ -305,18 +307,21 @@ class DsnGenerator:
 
         A server may have rejected it for the part of the original that it encloses (header_checks,
         body_checks, a virus filter), so it is built again with less of that. If nothing is left to
-        leave out, or it failed for another reason, it is given up.
+        leave out, or it failed for another reason, it is given up. So is one that the disk could
+        not read, if it cannot read it a minute later: BodyMisplaced means that it is tried again.
         """
         text = None
         about = str(failed.dsn_of)
         less = enclosed.less
         if _is_rejected(failure) and less:
             try:
-                with self._bodies.stream(failed.id, failed.size, failed.place) as body:
-                    text = reduced(body.read(), failed.id, dsn_id, less)
-            except BodyMisplaced:  # the disk cannot read it now, so this DSN is tried again later
-                raise
+                body = self._bodies.read(failed.id, failed.size, failed.place)
+                text = reduced(body, failed.id, dsn_id, less)
             except BodyUnsendable as error:
+                if isinstance(error, BodyMisplaced) and not self._damaged_bodies.confirmed(
+                    failed.id, error.place
+                ):
+                    raise
                 log.warning("rejected dsn not readable", id=failed.id, reason=str(error))
         if text is None or less is None:
             log.error("dsn given up", id=failed.id, about=about, reply=failure.reply)

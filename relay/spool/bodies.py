@@ -95,6 +95,14 @@ class Bodies:
             else io.BytesIO(body)
         )
 
+    def read(self, queue_id: str, size: int, place: Place | None) -> bytes:
+        """The whole body, in memory. Raises as `open`."""
+        with self.stream(queue_id, size, place) as body:
+            try:
+                return body.read()
+            except OSError as error:
+                raise self._fault(error, place) from None
+
     def verify(self, queue_id: str, size: int, place: Place | None) -> None:
         """Read the whole body, and compare its checksum if one is known. Raises as `open`."""
         body = self.open(queue_id, size, place)

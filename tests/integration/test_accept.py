@@ -82,8 +82,6 @@ def early_claim(queue: QueueHarness, queue_id: str) -> list[Claim]:
 
 
 def waits_for_lock(queue: QueueHarness) -> bool:
-    if not queue.dialect.postgresql:  # it waits for a flock, which no statement shows
-        return True
     query = "SELECT count(*) AS n FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
     return bool(queue.rows(query)[0]["n"])
 
@@ -97,8 +95,9 @@ def test_the_claim_of_an_early_hint_waits_for_the_rows(
         assert queue.worker
         with rows_under_way(queue, journal, message):
             claiming = pool.submit(early_claim, queue, message.id)
-            until(lambda: waits_for_lock(queue))
-            assert not claiming.done()
+            if queue.dialect.postgresql:  # on SQLite no statement shows who waits for the flock
+                until(lambda: waits_for_lock(queue))
+                assert not claiming.done()
         assert [claim.queue_id for claim in claiming.result(20)] == [message.id]
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from struct import pack
+from time import monotonic
 from typing import Any
 from unittest.mock import patch
 
@@ -958,6 +959,24 @@ def test_a_preconnection_that_is_not_needed_is_not_waited_for(run, deaf_port):
 
     with pytest.raises(connection.Stopped):
         run(scenario())
+
+
+def test_a_preconnection_that_the_server_closes_is_not_written_to(run, hello):
+    """Not a byte leaves, so nothing is uncertain; the time counts from the connection."""
+
+    async def scenario(listener: socket.socket) -> tuple[Result, float]:
+        preconnection = connection.Preconnection("127.0.0.1", listener.getsockname()[1], None, 5)
+        await asyncio.get_running_loop().create_task(preconnection.ready())
+        server, _ = listener.accept()
+        server.close()
+        transfer = ClientConnection(**hello, preconnection=preconnection)
+        return await transfer.run(), monotonic() - preconnection.began
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        result, passed = run(scenario(listener))
+    assert (result.outcome, result.committed) == (SendOutcome.INTERRUPTED, False)
+    assert (result.bytes_sent, result.flags) == (0, {"closed-at-once"})
+    assert 0 < result.seconds <= passed
 
 
 def test_a_cancelled_transfer_closes_its_preconnection(run, hello, deaf_port):

@@ -1,4 +1,5 @@
-"""A committer whose segments another process adopts, replays and removes while it sleeps."""
+"""A committer whose segments another process adopts, replays and removes while it sleeps, or whose
+segments cannot be read for a while."""
 
 import errno
 import threading
@@ -16,6 +17,7 @@ from relay.spool.journal.supply import make_segment
 from relay.spool.journal.writer import AppendFailed, AppendUnknown, JournalWriter
 from relay.spool.mark import SpoolMark
 from relay.spool.store import Spool
+from tests.bad_places import BadPlaces
 from tests.integration.harness import QueueHarness, new_message
 from tests.integration.test_spooler import spooler
 from tests.journal_records import SMALL, DirectSupply, message
@@ -187,3 +189,28 @@ def test_a_writer_may_retire_a_segment_that_was_released(
         owner.writer.append([message()])
     owner.append()
     until(lambda: count(queue) == 1)
+
+
+def test_a_segment_that_is_put_off_does_not_move_the_next_one_back(
+    owner: SleepyOwner, queue: QueueHarness, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have batches in memory, and the first has one that must be read from its file."""
+    disk = BadPlaces(monkeypatch)
+    monkeypatch.setattr("reception.committer.ADOPT_INTERVAL", 0.5)
+    with monkeypatch.context() as patched:
+        patched.setattr("reception.committer.MAX_HELD", 0)
+        first = owner.append()
+    assert owner.append() == first
+    owner.writer.retire()
+    second = owner.append()
+    assert owner.append() == second
+    disk.add(spool.directory / "journal" / (first + OWNED), 0, SMALL)
+    owner.committer.start(lambda *_: None)
+    until(lambda: count(queue) == 2, 30)
+    disk.heal()
+    until(lambda: count(queue) == 4, 30)
+    assert owner.append() == second
+    until(lambda: owner.committer.lag().messages == 0, 30)
+    assert count(queue) == 5
+    (row,) = queue.rows("SELECT committed_to FROM segments WHERE id = @id(:id)", id=second)
+    assert row["committed_to"] == owner.writer.position

@@ -1,6 +1,7 @@
 """The DSN generator, on both databases: every pending DSN is generated exactly once, wherever a
 worker is killed, and no other."""
 
+import errno
 import os
 import threading
 import time
@@ -34,6 +35,12 @@ from worker.cleaner import Cleaner
 BODY = b"Received: by relay\nSubject: original\n\n" + b"x" * 61 + b"\n"
 HOUR = 3600.0
 ROOM = {"default": 100, "bulk": 100, "other": 100}
+
+
+def break_reads(body: BodyFile) -> None:
+    """Each read of the open file fails with EIO."""
+    os.dup2(unreadable := os.open("/proc/self/mem", os.O_RDONLY), body.fd)
+    os.close(unreadable)
 
 
 class DsnHarness:
@@ -672,6 +679,43 @@ def test_disk_error_leaves_the_refused_dsn_pending(
     assert len(harness.another().generate(10)) == 1
 
 
+@pytest.mark.parametrize("while_reading", [False, True])
+def test_refused_dsn_that_cannot_be_read_is_given_up_at_the_second_try(
+    harness: DsnHarness,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    while_reading: bool,
+) -> None:
+    """The other DSNs do not wait for it."""
+    for _ in range(2):
+        harness.fail(harness.accept())
+    bad, good = harness.generator.generate(10)
+    for dsn in (bad, good):
+        harness.fail(dsn)
+        harness.queue.pass_time(1)
+    opens = harness.spool.open
+
+    def fails(queue_id: str, size: int) -> BodyFile:
+        if queue_id == bad and not while_reading:
+            raise OSError(errno.EIO, "Input/output error")
+        body = opens(queue_id, size)
+        if queue_id == bad:
+            break_reads(body)
+        return body
+
+    monkeypatch.setattr(harness.spool, "open", fails)
+    assert len(harness.generator.generate(10)) == 1
+    assert (harness.pending(bad), harness.pending(good)) == (True, False)
+    now = time.monotonic()
+    monkeypatch.setattr("relay.dsn.generator.time.monotonic", lambda: now + PUT_OFF)
+    assert harness.generator.generate(10) == []
+    assert not harness.pending(bad)
+    output = capsys.readouterr().out
+    assert output.count("dsn failed") == 1
+    assert output.count("dsn given up") == 1
+    assert "the disk cannot read the body in its file" in output
+
+
 def test_refused_dsn_and_its_successor_change_in_one_transaction(harness: DsnHarness) -> None:
     harness.fail(harness.accept())
     (dsn,) = harness.generator.generate(10)
@@ -1170,8 +1214,7 @@ def test_original_that_cannot_be_read_is_not_returned(
     def fails(queue_id: str, size: int) -> BodyFile:
         body = opens(queue_id, size)
         if queue_id == bad:
-            os.dup2(unreadable := os.open("/proc/self/mem", os.O_RDONLY), body.fd)  # EIO
-            os.close(unreadable)
+            break_reads(body)
         return body
 
     monkeypatch.setattr(harness.spool, "open", fails)

@@ -121,10 +121,15 @@ def test_an_early_hint_is_enough_to_deliver(
     assert [*filter(None, hinted_claims)] == [1, 1]
 
 
+@pytest.mark.parametrize("stale", [False, True])
 def test_an_early_hint_connects_while_it_claims(
-    harness_with: Open, sink: Sink, monkeypatch: pytest.MonkeyPatch
+    harness_with: Open, sink: Sink, monkeypatch: pytest.MonkeyPatch, stale: bool
 ) -> None:
-    """The server sees the connection before the claim is committed, and no other one."""
+    """The server sees the connection before the claim is committed, and another one only if that
+    has waited for too long."""
+    monkeypatch.setattr(worker.producer, "EARLY_SEARCH", 60.0)
+    if stale:
+        monkeypatch.setattr("qmqp.connection.PRECONNECTION_LIFE", 0.0)
     claiming, go_on = threading.Event(), threading.Event()
     commit = WorkerQueue.commit
 
@@ -144,12 +149,13 @@ def test_an_early_hint_connects_while_it_claims(
         assert sink.count == 0
         go_on.set()
         until(lambda: mail.state(queue_id) == "delivered")
-    assert (sink.count, sink.connections) == (1, 1)
+    assert (sink.count, sink.connections) == (1, 1 + stale)
 
 
 def test_an_early_hint_without_its_message_leaves_no_connection(
-    harness_with: Open, sink: Sink
+    harness_with: Open, sink: Sink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(worker.producer, "EARLY_SEARCH", 1.0)
     mail = harness_with(sink, grace=60.0)
     with mail.working() as engine:
         assert engine.offer([new_id()], early=True).wait(10)

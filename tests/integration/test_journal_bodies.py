@@ -20,6 +20,7 @@ from relay.ids import new_id
 from relay.queue.model import CompletionResult
 from relay.queue.outcome import Outcome
 from relay.queue.states import State
+from relay.spool import damaged_bodies
 from relay.spool.bodies import Bodies, BodyMisplaced
 from relay.spool.journal.directory import ADOPTED, JournalDirectory
 from relay.spool.journal.format import BLOCK
@@ -30,7 +31,7 @@ from tests.bad_places import BadPlaces
 from tests.integration.harness import BODY
 from tests.integration.journal_harness import JournalWorkerHarness
 from tests.waiting import until
-from worker import damaged_bodies, engine, spool_keeper
+from worker import engine, spool_keeper
 from worker.spool_keeper import SpoolKeeper
 
 LARGE = 300_000
@@ -269,7 +270,7 @@ def test_a_disk_full_of_damaged_bodies_costs_the_loop_no_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen, now = damaged_bodies.DamagedBodies(), 1000.0
-    monkeypatch.setattr("worker.damaged_bodies.time.monotonic", lambda: now)
+    monkeypatch.setattr("relay.spool.damaged_bodies.time.monotonic", lambda: now)
     kept = WeakSet[WatchedId]()
 
     def damaged(queue_id: WatchedId) -> None:

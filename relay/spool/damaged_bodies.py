@@ -2,9 +2,9 @@
 
 Memory, a cable or a network file system can give wrong octets once, and a disk may fail to read a
 place for a while. So a delivery whose body does not verify, or cannot be read, is deferred for
-RECHECK seconds, and held only if the body at the same place is no better then. Each worker trusts
-its own look: with many workers a damaged body may be read a few times more. Belongs to the engine's
-loop.
+RECHECK seconds, and held only if the body at the same place is no better then. A rejected DSN that
+cannot be read is given up in the same way. Each worker trusts its own look: with many workers a
+damaged body may be read a few times more. An object belongs to one thread.
 """
 
 import time
