@@ -335,8 +335,8 @@ class JournalCommitter:
         except OSError as error:
             self._put_off(segment, str(error))
             return None
-        if chunk.unreadable and not segment.read_again:
-            segment.read_again = True  # a minute later what cannot be read is passed over
+        if chunk.unreadable and not segment.file.lost <= segment.read_again:
+            segment.read_again |= segment.file.lost  # a minute later they are passed over
             self._put_off(segment, "the disk cannot read parts of it")
             return None
         self._chunk = chunk
@@ -344,6 +344,7 @@ class JournalCommitter:
 
     def _put_off(self, segment: OpenSegment, reason: str) -> None:
         log.error("segment unreadable", name=segment.name, reason=reason)
+        segment.file.lost.clear()
         segment.unreadable_until = time.monotonic() + ADOPT_INTERVAL
 
     def _pends(self, segment: OpenSegment) -> bool:

@@ -57,8 +57,8 @@ class OpenSegment:
     to `end`; `count`: those whose bodies stand in it; `retired`: nothing more is written to it;
     `orderly`: what lies behind `end` does not count; nor does anything from `void_from` on.
     `unreadable_until`: it could not be read, and is tried again then (monotonic); `read_again`:
-    that was done once. `damaged`: messages of it may have no rows, so it is kept; `tail`: what of
-    that lies behind `end`."""
+    the blocks for which that was done. `damaged`: messages of it may have no rows, so it is kept;
+    `tail`: what of that lies behind `end`."""
 
     id: str
     name: str
@@ -71,7 +71,7 @@ class OpenSegment:
     orderly: bool = True
     void_from: float = float("inf")
     unreadable_until: float = 0.0
-    read_again: bool = False
+    read_again: set[int] = field(default_factory=set)
     damaged: bool = False
     tail: Damage | None = None
     count: int = 0

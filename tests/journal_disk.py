@@ -254,6 +254,7 @@ class SimulatedFile(SegmentFile):
     """An open segment."""
 
     def __init__(self, process: SimulatedProcess, inode: SimulatedInode) -> None:
+        self.lost = set[int]()
         self._process, self._inode = process, inode
         self._open = OpenFile(inode, process)
         process.files.add(self._open)

@@ -9,7 +9,7 @@ import pytest
 
 import reception.committer
 import reception.replay
-from reception.replay import Chunk, read_chunk
+from reception.replay import Chunk, OpenSegment, read_chunk
 from reception.spooler_protocol import StoreRequest
 from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory
 from relay.spool.journal.format import BLOCK
@@ -116,6 +116,30 @@ def test_a_place_that_cannot_be_read_once_costs_nothing(
         until(lambda: {one.queue_id for one in requests} <= {*places(queue)})
     assert seen == [True, False]
     assert {state for state, _ in states(queue).values()} == {"queued"}
+
+
+def test_each_place_that_cannot_be_read_is_read_again(
+    queue: QueueHarness, bound: Spool, disk: BadPlaces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one can be read then."""
+    monkeypatch.setattr(reception.replay, "MAX_ROWS", 1)
+    requests, path = left(queue, bound, b"one\n", b"two\n", b"three\n", b"four\n", b"five\n")
+    disk.add(path, 2 * BLOCK, 3 * BLOCK)
+    seen = list[bool]()
+
+    def read_and_change(segment: OpenSegment, end: int) -> Chunk:
+        chunk = read_chunk(segment, end)
+        seen.append(chunk.unreadable)
+        if len(seen) == 2:
+            disk.add(path.with_suffix(ADOPTED), 4 * BLOCK, 5 * BLOCK)
+        elif len(seen) > 2:
+            disk.heal()
+        return chunk
+
+    monkeypatch.setattr(reception.committer, "read_chunk", read_and_change)
+    with spooler(queue, bound):
+        until(lambda: {requests[n].queue_id for n in (0, 2, 3, 4)} <= {*places(queue)})
+    assert seen[:4] == [True, True, True, False]
 
 
 def test_the_last_batch_gets_its_rows_when_it_can_be_read_again(

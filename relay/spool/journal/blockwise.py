@@ -1,9 +1,9 @@
 """Reads a segment of which the disk cannot give some blocks.
 
 A read that fails is repeated block by block. A block that fails twice more is lost: its octets are
-zeros, which verify nowhere. A failing disk takes seconds for each try, so a lost block is not asked
-again by the same reader. What must stay true: `lost` names every block that was not read, and an
-error that does not belong to a place of the disk is raised.
+zeros, which verify nowhere. A failing disk takes seconds for each try, so a lost block is not tried
+again as long as its file is open and remembers it. What must stay true: `lost` names every block
+that was not read, and an error that does not belong to a place of the disk is raised.
 """
 
 import errno
@@ -20,8 +20,7 @@ class BlockwiseReader:
     """Reads one open segment."""
 
     def __init__(self, file: SegmentFile) -> None:
-        self._file = file
-        self._lost: set[int] = set()
+        self._file, self._lost = file, file.lost
 
     def read(self, size: int, position: int) -> bytes:
         """Up to `size` octets. Raises OSError."""

@@ -29,9 +29,12 @@ _NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # Linux: read only what is in the p
 
 
 class SegmentFile:
-    """An open segment. Closing it, or losing the last reference to it, releases its lock."""
+    """An open segment. Closing it, or losing the last reference to it, releases its lock. `lost`:
+    where blocks begin that the disk could not read, for all readers of this file
+    (`relay.spool.journal.blockwise`)."""
 
     def __init__(self, handle: int) -> None:
+        self.lost = set[int]()
         self._handle = handle
         self.close = weakref.finalize(self, os.close, handle)
 
