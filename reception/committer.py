@@ -344,7 +344,7 @@ class JournalCommitter:
 
     def _put_off(self, segment: OpenSegment, reason: str) -> None:
         log.error("segment unreadable", name=segment.name, reason=reason)
-        segment.file.lost.clear()
+        segment.file.try_again()
         segment.unreadable_until = time.monotonic() + ADOPT_INTERVAL
 
     def _pends(self, segment: OpenSegment) -> bool:

@@ -199,6 +199,7 @@ class Rebuilder:
     def _of_segment(
         self, segment: SegmentContents, report: RebuildReport, *, change: bool
     ) -> Iterator[Lacking]:
+        segment.file.patience = float("inf")  # only the operator waits
         position, sealed = self._acceptor.position(segment.id)
         # Without its header no spooler adopts it.
         orphaned = bool(segment.fault) and not segment.file.has_owner()

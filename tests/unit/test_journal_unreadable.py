@@ -1,13 +1,16 @@
 """Segments of which the disk cannot read some blocks: what else they hold is found."""
 
 import errno
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from relay.spool.journal.adoption import voided_batches
 from relay.spool.journal.blockwise import BlockwiseReader
 from relay.spool.journal.contents import contents, highest_mark
+from relay.spool.journal.directory import PATIENCE
 from relay.spool.journal.format import BLOCK
 from relay.spool.journal.scan import (
     Damage,
@@ -60,6 +63,48 @@ def test_a_lost_block_is_not_asked_again(places: BadPlaces, segment: WrittenSegm
     octets.read(10, 2 * BLOCK)
     BlockwiseReader(segment.file).read(4 * BLOCK, 0)
     assert len(places.reads) == tries <= 3
+
+
+def test_a_large_bad_region_is_read_from_its_ends_without_patience(
+    places: BadPlaces, segment: WrittenSegment
+) -> None:
+    """One MiB of a failing disk has 256 blocks, and each may take seconds."""
+    segment.file.fill(0, 300 * BLOCK)
+    whole = bytes(range(1, 251)) * BLOCK
+    segment.file.write([whole], 0)
+    lose(places, segment, 20 * BLOCK, 200)
+    segment.file.patience = 0.0
+    for _ in range(2):
+        got = BlockwiseReader(segment.file).read(250 * BLOCK, 100)
+        assert len(places.reads) <= 5
+        assert segment.file.lost == {*range(20 * BLOCK, 220 * BLOCK, BLOCK)}
+        assert got[: 20 * BLOCK - 100] == whole[100 : 20 * BLOCK]
+        assert got[220 * BLOCK - 100 : 250 * BLOCK - 100] == whole[220 * BLOCK :]
+        assert not any(got[20 * BLOCK - 100 : 220 * BLOCK - 100])
+        assert len(got) == 250 * BLOCK
+
+
+def test_reads_that_fail_use_up_the_patience(
+    places: BadPlaces, segment: WrittenSegment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies between bad places is found as long as it lasts, and known ones end nothing."""
+    seconds = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: next(seconds))
+    monkeypatch.setattr("relay.spool.journal.blockwise.time", clock)
+    segment.file.fill(0, 30 * BLOCK)
+    for block in (2, 4, 6, 8, 10, 12):
+        lose(places, segment, block * BLOCK)
+    segment.file.patience = 6.0  # the first read, and two of each block
+    BlockwiseReader(segment.file).read(20 * BLOCK, 0)
+    assert segment.file.lost == {block * BLOCK for block in (2, 4, *range(6, 13))}
+    segment.file.try_again()
+    assert segment.file.patience == PATIENCE
+    segment.file.patience = float("inf")
+    BlockwiseReader(segment.file).read(20 * BLOCK, 0)
+    assert segment.file.lost == {block * BLOCK for block in (2, 4, 6, 8, 10, 12)}
+    segment.file.patience = 0.0
+    BlockwiseReader(segment.file).read(20 * BLOCK, 0)
+    assert len(segment.file.lost) == 6
 
 
 def test_a_read_that_fails_once_loses_nothing(

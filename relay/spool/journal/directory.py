@@ -24,6 +24,9 @@ DIRECTORY = "journal"
 MARK = "mark"
 """The name of the file with the mark of the spool (`relay.spool.mark`)."""
 _ID = re.compile("[0-9a-f]{32}")
+PATIENCE = 10.0
+"""Seconds for which places of one segment are tried that the disk cannot read, while other mail
+waits for its rows."""
 _ZEROS = bytes(1 << 20)
 _NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # Linux: read only what is in the page cache
 
@@ -31,7 +34,10 @@ _NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # Linux: read only what is in the p
 class SegmentFile:
     """An open segment. Closing it, or losing the last reference to it, releases its lock. `lost`:
     where blocks begin that the disk could not read, for all readers of this file
-    (`relay.spool.journal.blockwise`)."""
+    (`relay.spool.journal.blockwise`); `patience`: how many seconds of reads that fail are left for
+    more of them."""
+
+    patience = PATIENCE
 
     def __init__(self, handle: int) -> None:
         self.lost = set[int]()
@@ -66,6 +72,11 @@ class SegmentFile:
         except OSError:
             return None
         return bytes(buffer) if count == size else None
+
+    def try_again(self) -> None:
+        """Forget what could not be read."""
+        self.lost.clear()
+        self.patience = PATIENCE
 
     def size(self) -> int:
         """The size of the file."""

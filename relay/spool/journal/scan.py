@@ -10,7 +10,9 @@ record that verifies. Its checksum knows segment and position, so a body cannot 
 A block that the disk cannot read is damage too. It is never a torn tail, because nobody knows what
 it holds, and it may be readable later.
 
-What must stay true: every record that verifies is found, whatever is damaged around it.
+What must stay true: every record that verifies is found, whatever is damaged around it; only
+between blocks that the disk cannot read some may be passed over, to bound the time
+(`relay.spool.journal.blockwise`).
 """
 
 import errno
