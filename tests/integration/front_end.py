@@ -44,9 +44,15 @@ class FakeDatabase:
         self.error: Exception | None = None
 
     def commit(
-        self, messages: Sequence[EncodedMessage], span: SegmentSpan, *, age: float = 0.0
+        self,
+        messages: Sequence[EncodedMessage],
+        span: SegmentSpan,
+        *,
+        age: float = 0.0,
+        announced: str | None = None,
     ) -> None:
         assert age >= 0
+        assert announced in (None, decoded(messages[0].rows).id)
         self.gate.wait(20)
         if self.error is not None:
             raise self.error
