@@ -226,13 +226,18 @@ def delivered_by_another(mail: EngineHarness) -> Counter[str]:
 
 
 def until_it_is(
-    mail: EngineHarness, queue_id: str, state: str, *, claims: int = 0
+    mail: EngineHarness,
+    queue_id: str,
+    state: str,
+    *,
+    claims: int = 0,
+    said: Callable[[], str] = str,
 ) -> dict[str, Any]:
     def so() -> dict[str, Any]:
         found = mail.delivery(queue_id)
         return found if found["state"] == state and found["claim_count"] >= claims else {}
 
-    return until(so, 20, what=state)
+    return until(so, 20, what=lambda: f"{queue_id} {state}\n{said()}")
 
 
 def write_routes(path: Path, ports: dict[str, int]) -> Path:
@@ -310,7 +315,7 @@ def expired_while_stopped(scene: WorkerInEveryPhase) -> list[str]:
     threading.Event().wait(0.8 * LEASE)  # it is late by its own clock
     scene.worker.send_signal(signal.SIGCONT)
     for phase in (WAITING, ANSWERED, UNCLAIMED):
-        until_it_is(scene.mail, scene.ids[phase], "delivered")
+        until_it_is(scene.mail, scene.ids[phase], "delivered", said=scene.processes.said)
     until(lambda: scene.said("own lease lost"))
     for phase in (CONNECTING, MIDDLE):
         until(partial(scene.tried, phase, 2), what=scene.processes.said)
