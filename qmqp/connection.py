@@ -165,7 +165,7 @@ class Preconnection:
             raise
 
     def close(self) -> None:
-        """Nobody needs the connection."""
+        """End the connection, which is not needed."""
         self.wakeup.stop()
         self._connecting.add_done_callback(_close_socket)
 
