@@ -7,8 +7,8 @@ that verifies proves that the damage is corruption. Reading then goes on at that
 A header costs only what it describes: behind a damaged one the octets are searched for the next
 record that verifies. Its checksum knows segment and position, so a body cannot imitate one.
 
-A block that the disk cannot read is damage too. It is never a torn tail, because what it holds is not
-known, and it may be readable later.
+A block that the disk cannot read is damage too. It is never a torn tail, because what it holds is
+not known, and it may be readable later.
 
 What must stay true: every record that verifies is found, whatever is damaged around it; only
 between blocks that the disk cannot read some may be passed over, to bound the time
