@@ -984,8 +984,7 @@ def test_a_cancelled_transfer_closes_its_preconnection(run, hello, deaf_port):
         preconnection = connection.Preconnection("127.0.0.1", deaf_port, None, 60)
         transfer = ClientConnection(**hello, preconnection=preconnection)
         running = asyncio.create_task(transfer.run())
-        await asyncio.sleep(0)
-        running.cancel()
+        asyncio.get_running_loop().call_soon(running.cancel)  # after its first step
         with pytest.raises(asyncio.CancelledError):
             await running
         with pytest.raises(asyncio.CancelledError):
