@@ -15,16 +15,15 @@ from typing import NamedTuple
 
 from sqlalchemy import Engine
 
-from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, CommandError, say
+from commands.errors import DONE, NOTHING_MATCHED, say
 from commands.ops.database import opened
 from commands.ops.modify import actor, confirmed
-from commands.ops.show import mounted_spool
+from commands.ops.show import required_spool
 from commands.output import span
 from reception.replay import replay, to_replay
 from relay.db.engine import writing
 from relay.queue.accept import Acceptor, PositionMoved
 from relay.queue.audit import AuditEntry
-from relay.report.queries import QueueReader
 from relay.settings import WorkerSettings, load
 from relay.spool.journal.adoption import adopt_one, voided_batches, voided_from
 from relay.spool.journal.contents import contents
@@ -80,10 +79,7 @@ def run(*, yes: bool) -> int:
     """Name the segments, ask, adopt and replay them; the exit status."""
     settings = load(WorkerSettings)
     with opened(settings) as engine:
-        spool = mounted_spool(settings, QueueReader(engine))
-        if spool is None:
-            where = f"the spool of this database is not mounted in {settings.spool_dir}"
-            raise CommandError(OUT_OF_REACH, f"{where}: run this command where it is mounted")
+        spool = required_spool(settings, engine)
         engine.dispose()
         SpoolMark(JournalDirectory(spool.handle), spool.identity).guard(engine)
         acceptor = Acceptor(engine, lifetime=settings.queue_lifetime, grace=settings.grace)

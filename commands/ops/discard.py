@@ -15,16 +15,15 @@ from typing import NamedTuple
 
 from sqlalchemy import Engine
 
-from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, CommandError, say
+from commands.errors import DONE, NOTHING_MATCHED, say
 from commands.ops.database import opened
 from commands.ops.modify import actor, confirmed
 from commands.ops.rebuild import Rebuilder, RebuildReport
-from commands.ops.show import mounted_spool
+from commands.ops.show import required_spool
 from relay.db.engine import reading, writing
 from relay.db.sql import Queries
 from relay.ids import dashed
 from relay.queue.audit import AuditEntry
-from relay.report.queries import QueueReader
 from relay.settings import WorkerSettings, load
 from relay.spool.journal.blockwise import UNREADABLE
 from relay.spool.journal.directory import ADOPTED, COPY, OWNED, JournalDirectory
@@ -141,10 +140,7 @@ def run(name: str, *, yes: bool) -> int:
     segment = name.partition(".")[0]
     settings = load(WorkerSettings)
     with opened(settings) as engine:
-        spool = mounted_spool(settings, QueueReader(engine))
-        if spool is None:
-            where = f"the spool of this database is not mounted in {settings.spool_dir}"
-            raise CommandError(OUT_OF_REACH, f"{where}: run this command where it is mounted")
+        spool = required_spool(settings, engine)
         discarder = Discarder(settings, engine, spool, segment)
         with discarder.locked() as locked:
             if not _may_go(discarder, segment, locked=locked):

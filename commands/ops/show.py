@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from sqlalchemy import Engine
 
 from commands.errors import DONE, NOTHING_MATCHED, OUT_OF_REACH, CommandError, say
 from commands.ops import explain
@@ -102,6 +103,16 @@ def mounted_spool(settings: Settings, queue: QueueReader) -> Spool | None:
         if spool.identity and spool.identity == queue.spool_id():
             return spool
     return None
+
+
+def required_spool(settings: Settings, engine: Engine) -> Spool:
+    """The spool of this database, for a command that changes it. Raises CommandError if it is not
+    mounted here."""
+    spool = mounted_spool(settings, QueueReader(engine))
+    if spool is None:
+        where = f"the spool of this database is not mounted in {settings.spool_dir}"
+        raise CommandError(OUT_OF_REACH, f"{where}: run this command where it is mounted")
+    return spool
 
 
 @dataclass(frozen=True, slots=True)
