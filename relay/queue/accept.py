@@ -81,7 +81,8 @@ class SegmentSpan(NamedTuple):
 
 
 class PositionMoved(Exception):
-    """The segment's position is not where this process left it: another process replays it."""
+    """The segment's position is not where this process left it: another process replays it, or the
+    database crashed and lost rows that it had not synced."""
 
 
 def encode(message: NewMessage, *, delay_warning: float | None = None) -> bytes:
@@ -219,7 +220,8 @@ class Acceptor:
         """Insert messages that arrived `age` seconds ago, in one transaction.
 
         `announced`: the id of a message whose hint is published already. A claim for it waits until
-        this transaction has ended.
+        this transaction has ended. On PostgreSQL the next COMMIT syncs this one: a crash of the
+        database may lose it, and `position` is then before the span.
 
         Raises the database's errors, and PositionMoved if the segment's position was neither at the
         start of the span nor behind it.
@@ -310,9 +312,10 @@ class Acceptor:
             self._queries.run(connection, "close_segment", segment=dashed(segment), start=start)
 
     def seal_segment(self, segment: str, end: int, count: int, least: str, greatest: str) -> None:
-        """Every message of the segment has its rows, and nothing more is written to it."""
+        """Every message of the segment up to `end` has its rows, and nothing more is written to it.
+        Raises PositionMoved if its position is another one, and the database's errors."""
         with writing(self._engine) as connection:
-            self._queries.run(
+            sealed = self._queries.run(
                 connection,
                 "seal_segment",
                 segment=dashed(segment),
@@ -320,7 +323,9 @@ class Acceptor:
                 count=count,
                 least=dashed(least) if least else None,
                 greatest=dashed(greatest) if greatest else None,
-            )
+            ).all()
+        if not sealed and not self.position(segment)[1]:
+            raise PositionMoved(f"segment {segment} at {end}")
 
     def sealed_segments(self) -> set[str]:
         """The segments that need no replay."""
