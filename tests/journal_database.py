@@ -119,7 +119,7 @@ class SimulatedDatabase:
     def _before_execute(
         self, _connection: Connection, statement: Any, _several: Any, parameters: Any, _options: Any
     ) -> None:
-        if parameters.get("announced") is not None:
+        if parameters.get("announced") is not None and not self._before:
             self._before.append(self.back_up())
             self._connections += self._before
 

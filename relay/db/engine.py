@@ -95,6 +95,7 @@ def connect(
         prepare_connections(engine, partial(_prepare_postgresql, timeout))
         if hot:
             prepare_connections(engine, _prepare_hot)
+        _close_when_returned(engine)
         return engine
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
         raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old: 3.38 or newer is needed")
@@ -104,6 +105,7 @@ def connect(
     prepare_connections(engine, _prepare_sqlite)
     event.listen(engine, "checkout", _check_file)
     event.listen(engine, "begin", _begin_sqlite)
+    _close_when_returned(engine)
     return engine
 
 
@@ -119,6 +121,27 @@ def prepare_connections(engine: Engine, prepare: Callable[[Any, Any], object]) -
             raise
 
     event.listen(engine, "connect", connected)
+
+
+def _close_when_returned(engine: Engine) -> None:
+    """Close a connection that is in use while the engine is disposed of when it is returned. The
+    pool to which it returns is gone, and would leave it open."""
+    disposals = 0
+
+    def disposed(_engine: Engine) -> None:
+        nonlocal disposals
+        disposals += 1
+
+    def connected(_connection: Any, record: Any) -> None:
+        record.info["disposals"] = disposals
+
+    def returned(_connection: Any, record: Any) -> None:
+        if record.info.get("disposals") != disposals:
+            record.invalidate()
+
+    event.listen(engine, "engine_disposed", disposed)
+    event.listen(engine, "connect", connected)
+    event.listen(engine, "checkin", returned)
 
 
 def _prepare_postgresql(timeout: float, connection: Any, _record: Any) -> None:
@@ -228,21 +251,29 @@ class SingleStatements:
                 yield connection
             return
         with self._in_use:
-            if self._kept is None:
-                self._kept = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            connection, self._kept = self._kept or self._connect(), None
             try:
-                yield self._kept
+                yield connection
             except BaseException:
-                self._kept.close()
-                self._kept = None
+                _discard(connection)
                 raise
+            self._kept = connection
+
+    def _connect(self) -> Connection:
+        return self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
 
     def _close(self, _engine: Engine) -> None:
         with self._in_use:
-            if self._kept is not None:
-                self._kept.invalidate()  # the pool that it came from is gone
-                self._kept.close()
-                self._kept = None
+            connection, self._kept = self._kept, None
+            if connection is not None:
+                _discard(connection)  # the pool that it came from is gone
+
+
+def _discard(connection: Connection) -> None:
+    """Close a connection to the server without a ROLLBACK, which would raise an error of its own
+    where the connection is broken."""
+    connection.invalidate()
+    connection.close()
 
 
 @contextmanager

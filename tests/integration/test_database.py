@@ -275,6 +275,22 @@ def test_a_connection_that_is_not_prepared_is_closed(database_url: str) -> None:
     engine.dispose()
 
 
+def test_a_connection_that_is_in_use_while_its_engine_is_disposed_of_is_closed_at_its_return(
+    database_url: str,
+) -> None:
+    engine = database.connect(database_url)
+    with engine.connect() as connection:
+        used: Any = connection.connection.driver_connection
+        engine.dispose()
+        assert connection.exec_driver_sql("SELECT 1").scalar_one() == 1
+    with pytest.raises((psycopg.OperationalError, sqlite3.ProgrammingError), match="closed"):
+        used.execute("SELECT 1")
+    with engine.connect() as connection:
+        kept: Any = connection.connection.driver_connection
+    assert kept.execute("SELECT 1").fetchone() == (1,)
+    engine.dispose()
+
+
 def test_a_database_that_is_not_durable_is_refused(postgres: Postgres, sqlite_url: str) -> None:
     engine = connect(postgres.url())
     sqlalchemy.event.listen(
@@ -436,10 +452,7 @@ def test_single_statements_keep_a_connection_until_it_fails(clean_postgres_url: 
 
     kept = backend()
     assert backend() == kept
-    with engine.connect() as other:
-        state = text("SELECT state FROM pg_stat_activity WHERE pid = :pid")
-        until(lambda: other.execute(state, {"pid": kept}).scalar_one() == "idle")
-        other.execute(text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": kept})
+    terminate(engine, kept)
     with pytest.raises(DBAPIError) as caught:
         backend()
     assert is_outage(caught.value)
@@ -450,6 +463,31 @@ def test_single_statements_keep_a_connection_until_it_fails(clean_postgres_url: 
     assert backend()
     engine.dispose()
     assert backend() != again, "the engine has closed the one that was kept"
+    engine.dispose()
+
+
+def terminate(engine: Engine, pid: int) -> None:
+    """End the process of a connection, when it is idle."""
+    with engine.connect() as other:
+        state = text("SELECT state FROM pg_stat_activity WHERE pid = :pid")
+        until(lambda: other.execute(state, {"pid": pid}).scalar_one() == "idle")
+        other.execute(text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": pid})
+
+
+def test_an_error_over_a_broken_connection_stays_what_it_is(clean_postgres_url: str) -> None:
+    """A ROLLBACK would fail there, and hide it."""
+    engine = connect(clean_postgres_url)
+    single = SingleStatements(engine)
+
+    def fail() -> None:
+        with single.writing() as connection:
+            terminate(engine, connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    with single.writing() as connection:
+        assert connection.exec_driver_sql("SELECT 1").scalar_one() == 1
     engine.dispose()
 
 
