@@ -12,12 +12,13 @@ outcome, and another process may replay the same segment: no row comes twice.
 
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine
 
-from relay.db.engine import SingleStatements, is_outage, reading, writing
+from relay.db.engine import is_outage, reading, writing
 from relay.db.schema import LONGEST_INDEXED
+from relay.db.single import SingleTransactions
 from relay.db.sql import Queries
 from relay.ids import dashed, lock_key
 from relay.log import escaped, first_line, get_logger
@@ -206,8 +207,8 @@ class Acceptor:
 
     def __init__(self, engine: Engine, *, lifetime: float, grace: float) -> None:
         self._engine = engine
-        self._single = SingleStatements(engine)
         self._queries = Queries(engine, __name__, lifetime=lifetime, grace=grace)
+        self._single = SingleTransactions(engine, self._queries)
 
     def commit(
         self,
@@ -226,8 +227,8 @@ class Acceptor:
         Raises the database's errors, and PositionMoved if the segment's position was neither at the
         start of the span nor behind it.
         """
-        with self._single.writing() as connection:
-            moved = self.insert_batch(connection, messages, span, age=age, announced=announced)
+        parameters = _parameters(messages, span, age=age, announced=announced)
+        moved = self._single.run(("accept", parameters))
         if not moved and not self.is_committed(span):
             raise PositionMoved(f"segment {span.segment} at {span.start}")
 
@@ -359,30 +360,17 @@ class Acceptor:
     ) -> bool:
         """Insert messages in the caller's transaction, which arrived `age` seconds ago: those of a
         span of a segment, whose position must stand at the start of the span; or those of a
-        `segment` (None: their bodies are files). With a `hold_reason` they are held. Claims for a
-        message that is `announced` wait for the end of the transaction. Returns whether the
-        position of the span was moved."""
-        lines = [message.rows.decode().split("\n") for message in messages]
-        rows = ",".join(
-            f'{{"position":{"null" if message.position is None else message.position},{line[0][1:]}'
-            for message, line in zip(messages, lines, strict=True)
-        )
-        at = span.segment if span else segment
-        moved = self._queries.run(
-            connection,
-            "accept",
-            messages=f"[{rows}]",
-            recipients=f"[{','.join(line[1] for line in lines if line[1])}]",
-            deliveries=f"[{','.join(line[2] for line in lines if line[2])}]",
-            segment=dashed(at) if at else None,
-            start=span.start if span else None,
-            end=span.end if span else None,
+        `segment` (None: their bodies are files). With a `hold_reason` they are held; `announced` as
+        in `commit`. Returns whether the position of the span was moved."""
+        parameters = _parameters(
+            messages,
+            span,
+            segment=segment,
             age=age,
             hold_reason=hold_reason,
-            announced=lock_key(announced) if announced else None,
-            hold_source=ReasonSource.RELAY,
+            announced=announced,
         )
-        return bool(moved.all())
+        return bool(self._queries.run(connection, "accept", **parameters).all())
 
 
 def _routes_to_warn_of(message: NewMessage) -> set[str]:
@@ -393,4 +381,34 @@ def _routes_to_warn_of(message: NewMessage) -> set[str]:
         recipient.route
         for recipient in message.recipients
         if recipient.notify is None or "DELAY" in recipient.notify.upper()
+    }
+
+
+def _parameters(
+    messages: Sequence[EncodedMessage],
+    span: SegmentSpan | None,
+    *,
+    segment: str | None = None,
+    age: float,
+    hold_reason: str | None = None,
+    announced: str | None = None,
+) -> dict[str, Any]:
+    """The parameters of `accept`."""
+    lines = [message.rows.decode().split("\n") for message in messages]
+    rows = ",".join(
+        f'{{"position":{"null" if message.position is None else message.position},{line[0][1:]}'
+        for message, line in zip(messages, lines, strict=True)
+    )
+    at = span.segment if span else segment
+    return {
+        "messages": f"[{rows}]",
+        "recipients": f"[{','.join(line[1] for line in lines if line[1])}]",
+        "deliveries": f"[{','.join(line[2] for line in lines if line[2])}]",
+        "segment": dashed(at) if at else None,
+        "start": span.start if span else None,
+        "end": span.end if span else None,
+        "age": age,
+        "hold_reason": hold_reason,
+        "announced": lock_key(announced) if announced else None,
+        "hold_source": ReasonSource.RELAY,
     }
