@@ -17,6 +17,7 @@ one. TMPDIR names the directory of spools and databases; without it they are in 
 room: on a disk the integration tests write 24 GB, and wait for it a third of their time.
 """
 
+import gc
 import itertools
 import logging
 import os
@@ -81,6 +82,17 @@ for _name in [
 ]:
     del os.environ[_name]
 os.environ["NO_COLOR"] = "1"  # a terminal that a test pretends to have is plain, unless it says so
+
+
+# The garbage collector would search the collected tests, which are as many as there are, while they
+# are made and again and again while they run. None of them is garbage before the end.
+gc.disable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def _log_plainly() -> None:
