@@ -12,7 +12,6 @@ import fcntl
 import logging
 import os
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -227,53 +226,6 @@ def writing(engine: Engine) -> Iterator[Connection]:
         connection.begin(),
     ):
         yield connection
-
-
-class SingleStatements:
-    """Write transactions of one statement, for one thread. On PostgreSQL each is one round trip.
-
-    The thread keeps its connection: to take one from the pool, set it to autocommit and return it
-    takes nearly as long as the round trip. After an error it takes another one. On SQLite this is
-    `writing`. Another thread may dispose of the engine, and waits for the statement.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._kept: Connection | None = None
-        self._in_use = threading.Lock()
-        event.listen(engine, "engine_disposed", self._close)
-
-    @contextmanager
-    def writing(self) -> Iterator[Connection]:
-        """The connection for one statement, or for some of which each is committed alone."""
-        if self._engine.dialect.name == "sqlite":
-            with writing(self._engine) as connection:
-                yield connection
-            return
-        with self._in_use:
-            connection, self._kept = self._kept or self._connect(), None
-            try:
-                yield connection
-            except BaseException:
-                _discard(connection)
-                raise
-            self._kept = connection
-
-    def _connect(self) -> Connection:
-        return self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-
-    def _close(self, _engine: Engine) -> None:
-        with self._in_use:
-            connection, self._kept = self._kept, None
-            if connection is not None:
-                _discard(connection)  # the pool that it came from is gone
-
-
-def _discard(connection: Connection) -> None:
-    """Close a connection to the server without a ROLLBACK, which would raise an error of its own
-    where the connection is broken."""
-    connection.invalidate()
-    connection.close()
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from relay.db import engine as database
 from relay.db.engine import (
     DatabaseError,
     DatabaseFileError,
-    SingleStatements,
     check_durable,
     check_schema,
     connect,
@@ -420,74 +419,6 @@ def test_a_thread_waits_for_its_turn_to_write(sqlite_url: str) -> None:
         assert order == ["asks"]
     thread.join(10)
     assert order == ["asks", "writes"]
-    engine.dispose()
-
-
-def test_single_statements_are_committed_each(engine: Engine) -> None:
-    single = SingleStatements(engine)
-    for queue_id in (dashed(new_id()), dashed(new_id())):
-        with single.writing() as connection:
-            connection.execute(
-                text("INSERT INTO segments (id, committed_to) VALUES (:id, 0)"), {"id": queue_id}
-            )
-            if engine.dialect.name == "postgresql":
-                assert segments(engine, queue_id) == 1, "also before the end of the block"
-        assert segments(engine, queue_id) == 1
-
-
-def segments(engine: Engine, segment: str) -> int:
-    query = text("SELECT count(*) FROM segments WHERE id = :segment")
-    with reading(engine) as connection:
-        return int(connection.execute(query, {"segment": segment}).scalar_one())
-
-
-def test_single_statements_keep_a_connection_until_it_fails(clean_postgres_url: str) -> None:
-    """A connection that breaks, or whose statement is refused, is not used again."""
-    engine = connect(clean_postgres_url)
-    single = SingleStatements(engine)
-
-    def backend() -> int:
-        with single.writing() as connection:
-            return int(connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one())
-
-    kept = backend()
-    assert backend() == kept
-    terminate(engine, kept)
-    with pytest.raises(DBAPIError) as caught:
-        backend()
-    assert is_outage(caught.value)
-    again = backend()
-    assert again != kept
-    with pytest.raises(DBAPIError), single.writing() as connection:
-        connection.exec_driver_sql("SELECT 1 / 0")
-    assert backend()
-    engine.dispose()
-    assert backend() != again, "the engine has closed the one that was kept"
-    engine.dispose()
-
-
-def terminate(engine: Engine, pid: int) -> None:
-    """End the process of a connection, when it is idle."""
-    with engine.connect() as other:
-        state = text("SELECT state FROM pg_stat_activity WHERE pid = :pid")
-        until(lambda: other.execute(state, {"pid": pid}).scalar_one() == "idle")
-        other.execute(text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": pid})
-
-
-def test_an_error_over_a_broken_connection_stays_what_it_is(clean_postgres_url: str) -> None:
-    """A ROLLBACK would fail there, and hide it."""
-    engine = connect(clean_postgres_url)
-    single = SingleStatements(engine)
-
-    def fail() -> None:
-        with single.writing() as connection:
-            terminate(engine, connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one())
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    with single.writing() as connection:
-        assert connection.exec_driver_sql("SELECT 1").scalar_one() == 1
     engine.dispose()
 
 

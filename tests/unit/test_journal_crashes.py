@@ -438,6 +438,18 @@ class JournalHistory(RuleBasedStateMachine):
         self.may_come_again = self.had_rows - self.rows - rows
         self.may_be_sent_again = self.done - self.delivered - delivered
 
+    @precondition(lambda self: self.database.may_lose)
+    @rule()
+    def crash_database(self) -> None:
+        """Rows are lost that were not synced; nothing of them was delivered."""
+        before = {*self.present}
+        self.database.crash()
+        self.present = {row.queue_id: row.state for row in self.messages()}
+        lost = before - {*self.present}
+        assert not lost & self.done
+        self.rows -= lost
+        self.may_come_again |= lost
+
     @precondition(lambda self: self.restored and self.older())
     @rule(plan=work_plans, alone=st.booleans())
     def rebuild(self, plan: Plan, alone: bool) -> None:
@@ -794,4 +806,33 @@ def test_an_owner_refuses_nothing_that_was_adopted_before_it_was_declared_void(
     history.append(0, [10], asleep, wait=True, deep=False, after="lives")
     assert len(history.present) == 1
     assert not history.refused
+    history.teardown()
+
+
+@pytest.mark.parametrize("then", ["the mark", "more mail", "the end of its segment", "the stop"])
+@pytest.mark.parametrize("lost", [1, 2])
+def test_rows_that_a_crash_of_the_database_takes_away_are_made_again(
+    new_history: Callable[[], JournalHistory], then: str, lost: int
+) -> None:
+    """The spooler lives on; each message came alone, so its COMMIT was not synced."""
+    history = new_history()
+    for _ in range(1 + lost):  # a mark follows the first one
+        history.append(0, [10], {}, wait=False, deep=False, after="lives")
+        history.commit(0, {}, deep=False)
+    spooler = history.spoolers[0]
+    history.crash_database()
+    assert len(history.present) == 1
+    if then == "the end of its segment":
+        spooler.writer.retire()
+    elif then == "more mail":
+        history.append(0, [10], {}, wait=False, deep=False, after="lives")
+    elif then == "the mark":
+        history.clock.now += 1.0
+        spooler.committer.step()
+    if then == "the stop":
+        history.stop(0, {})
+    else:
+        spooler.committer.drain()
+        assert spooler.committer.lag().messages == 0
+    assert len(history.present) == 1 + lost + (then == "more mail")
     history.teardown()
