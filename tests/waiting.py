@@ -43,6 +43,11 @@ def until[T](
         pause.wait(min(max((time.monotonic() - began) / 10, 0.005), 0.05))
 
 
+def whole_lines(file: Path) -> list[str]:
+    """The lines that a running process has written; without the last one if it is not whole yet."""
+    return file.read_text().split("\n")[:-1]
+
+
 def stands_still(pid: int) -> bool:
     """Whether all threads of a process that was sent SIGSTOP are stopped: one that is not may take
     a lock yet."""

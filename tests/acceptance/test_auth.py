@@ -13,7 +13,7 @@ from qmqp.sink import Sink, running_sink
 from tests.acceptance.installation import Install, Installation, installed, submit
 from tests.acceptance.stack import command
 from tests.services import Postgres
-from tests.waiting import until
+from tests.waiting import until, whole_lines
 
 PASSWORD = "correct horse"
 
@@ -118,15 +118,16 @@ def test_a_wrong_password_relays_nothing(relay: Installation) -> None:
     assert "535 5.7.8" in output
     sent = "SELECT 1 FROM mail_history WHERE recipient = :recipient"
     assert not relay.rows(sent, recipient="wrong@sink.test")
-    failed = [
-        entry
-        for line in relay.log.read_text().splitlines()
-        if line.startswith("{") and (entry := json.loads(line))["event"] == "authentication failed"
-    ]
+    failed = until(lambda: logged(relay, "authentication failed"))
     assert failed[-1]["user"] == "ann"
     assert failed[-1]["reason"] == "wrong password"
     assert failed[-1]["client"] == "127.0.0.1"
     assert "horse" not in relay.log.read_text()
+
+
+def logged(relay: Installation, event: str) -> list[dict[str, Any]]:
+    entries = [json.loads(line) for line in whole_lines(relay.log) if line.startswith("{")]
+    return [entry for entry in entries if entry["event"] == event]
 
 
 def client_of(relay: Installation) -> smtplib.SMTP:
