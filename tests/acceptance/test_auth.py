@@ -96,11 +96,21 @@ def test_clients_log_in_and_relay(
     assert sink.dump is not None
     body = (sink.dump / f"{number:08d}.eml").read_bytes()
     assert b" with ESMTPA id " in body
-    [shown] = listed(relay, "show", row.queue_id)
+
+
+def test_commands_show_who_sent_a_message(relay: Installation) -> None:
+    recipient = "shown@sink.test"
+    with client_of(relay) as client:
+        assert log_in(client, "ann") == 235
+        queue_id = submit(
+            client, recipient, sender="ann@example.com", body=b"Subject: x\n\nHello.\n"
+        )
+    assert relay.until_state(recipient, "delivered").auth_user == "ann"
+    [shown] = listed(relay, "show", queue_id)
     assert (shown["auth_user"], shown["protocol"]) == ("ann", "ESMTPA")
     [line] = listed(relay, "list", "--all", "--recipient", recipient)
     assert line["auth_user"] == "ann"
-    assert " as ann" in command("show", row.queue_id, **relay.settings).stdout
+    assert " as ann" in command("show", queue_id, **relay.settings).stdout
 
 
 def test_a_wrong_password_relays_nothing(relay: Installation) -> None:

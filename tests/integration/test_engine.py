@@ -34,14 +34,12 @@ type Open = Callable[..., EngineHarness]
 
 
 @pytest.fixture
-def harness_with(database_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
+def harness_with(clean_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
     opened: list[EngineHarness] = []
 
     def open_(*sinks: Sink | int, **settings: object) -> EngineHarness:
         servers = tuple(f"127.0.0.1:{one if isinstance(one, int) else one.port}" for one in sinks)
-        opened.append(
-            EngineHarness(database_url, spool, tmp_path, qmqp_servers=servers, **settings)
-        )
+        opened.append(EngineHarness(clean_url, spool, tmp_path, qmqp_servers=servers, **settings))
         return opened[-1]
 
     yield open_

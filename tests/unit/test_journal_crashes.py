@@ -16,6 +16,7 @@ heard, and what every COMMIT made durable, is remembered:
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
@@ -72,7 +73,11 @@ from tests.journal_processes import (
 )
 from worker import cleaner
 
-EXAMPLES = int(os.environ.get("RELAY_TESTS_EXAMPLES", "100"))  # histories; `make soak`
+EXAMPLES = int(os.environ.get("RELAY_TESTS_EXAMPLES", "0"))  # histories; `make soak`
+BATCHES, BATCH = 5, 20
+"""Batches of histories without EXAMPLES."""
+SECONDS = 40.0
+"""Seconds after which no more batches begin: a busy machine takes minutes for all of them."""
 SPOOLERS = 3
 SPARSE = 700.0
 """Seconds after which a segment may be compacted of which little is needed."""
@@ -581,14 +586,26 @@ def new_history(
 def test_no_crash_loses_a_message_or_makes_it_come_twice(
     new_history: Callable[[], JournalHistory],
 ) -> None:
+    if EXAMPLES:
+        run_histories(new_history, EXAMPLES)
+        return
+    end = time.monotonic() + SECONDS
+    for _ in range(BATCHES):
+        run_histories(new_history, BATCH)
+        if time.monotonic() > end:
+            break
+
+
+def run_histories(new_history: Callable[[], JournalHistory], examples: int) -> None:
     # To have a failing history made shorter, which takes minutes, take `phases` away.
     checks: Sequence[HealthCheck] = [HealthCheck.too_slow, HealthCheck.data_too_large]
     run_state_machine_as_test(
         cast("type[JournalHistory]", new_history),  # it may be any callable
         settings=settings(
-            max_examples=EXAMPLES,
+            max_examples=examples,
             stateful_step_count=40,
             deadline=None,
+            derandomize=False,  # each batch has its own histories
             phases=[Phase.reuse, Phase.generate],
             report_multiple_bugs=False,
             suppress_health_check=checks,
