@@ -11,6 +11,9 @@ BIN := .venv/bin
 # A test waits more than it computes, so five at once are right for two cores. Example: make test TESTS="tests/unit -x"
 TESTS ?= tests
 PYTEST_WORKERS ?= 5
+# The tests of a file run in one process, which starts their programs once. Files start in their order: acceptance tests,
+# which wait most, first, and unit tests, which are the shortest, last.
+PYTEST := -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 # For `make soak`: the number of histories for each database and variant, and for the journal; the most seconds for a test.
 EXAMPLES ?= 1000
 SOAK_TIMEOUT ?= 14400
@@ -47,7 +50,7 @@ status: ## show the queue of the relay that `make run` started
 
 test: ## run all tests: SQLite, PostgreSQL, a real broker (TESTS=path to choose)
 	@scripts/setup dev
-	@exec $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(TESTS)
+	@exec $(BIN)/python $(PYTEST) $(TESTS)
 
 soak: ## test queue and journal against their models: a thousand histories each (EXAMPLES=n; ten minutes)
 	@scripts/setup dev
@@ -69,7 +72,7 @@ fuzz: ## give the parsers bytes that reach new code (SECONDS=n for each; needs L
 coverage: ## run the tests and report their branch coverage (TESTS=path to choose)
 	@scripts/setup dev
 	@rm -rf .coverage
-	@$(BIN)/coverage run -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(TESTS)
+	@$(BIN)/coverage run $(PYTEST) $(TESTS)
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
 

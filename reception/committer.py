@@ -7,7 +7,8 @@ in turns with its own. A segment that is committed to its end is sealed.
 
 What must stay true: rows and position are one COMMIT (`relay.queue.accept`), so nothing comes twice
 and nothing is passed over; a batch that was declared void never gets rows; a message that the
-database refuses gets rows that are held, because its client has heard 250.
+database refuses gets rows that are held, because its client has heard 250; rows that a crash of the
+database takes away are made again (`_go_back`).
 """
 
 import threading
@@ -25,6 +26,7 @@ from reception.replay import (
     Backlog,
     Chunk,
     OpenSegment,
+    UnsyncedRows,
     backlog,
     commit_chunk,
     log_damage,
@@ -275,7 +277,9 @@ class JournalCommitter:
         ends = self._closing and chunk is None
         if self._unmarked and (ends or now >= self._mark_at):
             self._mark.advance(self._engine)
+            self._find_lost_rows()
             self._mark_at, self._unmarked = now + MARK_INTERVAL, False
+            ends = ends and not self._has_work()
         with self._changed:
             if ends or (self._closing and now >= self._give_up_at):
                 return False
@@ -392,10 +396,8 @@ class JournalCommitter:
         try:
             commit_chunk(self._acceptor, self._directory, chunk)
         except PositionMoved as error:
-            self._mark.advance(self._engine)  # raises if the database was restored meanwhile
-            log.critical("segment replayed by another process", reason=str(error))
+            self._position_moved(segment, error)
             self._chunk = None
-            self._release(segment)
             return
         self._chunk = None
         ended = time.monotonic()
@@ -411,6 +413,11 @@ class JournalCommitter:
             self._damages += sum(not damage.torn for damage in chunk.damages)
             segment.pending -= len(chunk.messages)
             segment.pending_octets -= chunk.size
+            if chunk.announced is None:  # this COMMIT is synced, with all before it
+                segment.unsynced.clear()
+            else:
+                rows = UnsyncedRows(chunk.start, len(chunk.messages), chunk.size, chunk.arrived)
+                segment.unsynced.append(rows)
             if chunk.age < _RECENT:
                 self._oldest = chunk.arrived
             replies = []
@@ -421,6 +428,39 @@ class JournalCommitter:
                 replies.append(self._unreplied.popleft())
             return replies
 
+    def _find_lost_rows(self) -> None:
+        """After a COMMIT that was synced: goes back to where the database is, if it has crashed and
+        lost rows that were not. Raises the database's errors."""
+        for segment in [*self._segments.values()]:
+            if segment.unsynced and not self._go_back(segment):
+                segment.unsynced.clear()
+
+    def _go_back(self, segment: OpenSegment) -> bool:
+        """Whether the database has lost rows of a segment; they are made again from the journal."""
+        position, sealed = self._acceptor.position(segment.id)
+        lost = [
+            rows for rows in segment.unsynced if position is not None and rows.start >= position
+        ]
+        if sealed or not lost or lost[0].start != position:
+            return False
+        count = sum(rows.messages for rows in lost)
+        log.error("rows lost by a crash of the database", segment=segment.id, messages=count)
+        with self._changed:
+            segment.committed = position
+            segment.pending += count
+            segment.pending_octets += sum(rows.size for rows in lost)
+            segment.unsynced.clear()
+            self._oldest = min(self._oldest, lost[0].arrived)
+        return True
+
+    def _position_moved(self, segment: OpenSegment, error: PositionMoved) -> None:
+        """A segment's position is not where it was left. Raises the database's errors, and
+        OlderDatabase if it was restored meanwhile."""
+        self._mark.advance(self._engine)
+        if not self._go_back(segment):
+            log.critical("segment replayed by another process", reason=str(error))
+            self._release(segment)
+
     # Segments that begin and end
 
     def _finish_segments(self) -> None:
@@ -430,7 +470,11 @@ class JournalCommitter:
             done = [segment for segment in self._segments.values() if self._ends(segment)]
         for segment in done:
             if segment.orderly:
-                seal(self._acceptor, self._directory, segment)
+                try:
+                    seal(self._acceptor, self._directory, segment)
+                except PositionMoved as error:
+                    self._position_moved(segment, error)
+                    continue
                 if segment.damaged:
                     self._kept[segment.id] = time.monotonic() + KEPT_INTERVAL
             self._release(segment)

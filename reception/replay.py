@@ -51,6 +51,16 @@ MAX_AGE = 86400.0
 wrong, and mail that is too old expires at its first failure."""
 
 
+class UnsyncedRows(NamedTuple):
+    """Rows that a crash of the database may lose: where their chunk begins, the number of its
+    messages, their size, and when they arrived (monotonic)."""
+
+    start: int
+    messages: int
+    size: int
+    arrived: float
+
+
 @dataclass(slots=True, eq=False)
 class OpenSegment:
     """A segment that this process owns. Its messages have rows up to `committed` and are written up
@@ -58,7 +68,7 @@ class OpenSegment:
     `orderly`: what lies behind `end` does not count; nor does anything from `void_from` on.
     `unreadable_until`: it could not be read, and is tried again then (monotonic); `read_again`:
     the blocks for which that was done. `damaged`: messages of it may have no rows, so it is kept;
-    `tail`: what of that lies behind `end`."""
+    `tail`: what of that lies behind `end`; `unsynced`: the last rows, in their order."""
 
     id: str
     name: str
@@ -79,6 +89,7 @@ class OpenSegment:
     greatest: str = ""
     pending: int = 0
     pending_octets: int = 0
+    unsynced: list[UnsyncedRows] = field(default_factory=list)
 
     def add(self, ids: Sequence[str], bodies: int, size: int, *, pending: bool = True) -> None:
         """Count messages. `bodies` of them stand in the segment; the others have files. `size`:
@@ -293,8 +304,8 @@ def _open_row(
 
 
 def seal(acceptor: Acceptor, directory: JournalDirectory, segment: OpenSegment) -> None:
-    """Seals a segment that is committed to its end, unless it is damaged. Raises OSError and the
-    database's errors."""
+    """Seals a segment that is committed to its end, unless it is damaged. Raises PositionMoved if
+    the database does not say so, OSError and the database's errors."""
     unused = not segment.opened and not segment.least and _declares_nothing(segment)
     if segment.damaged:
         log.error("segment kept", segment=segment.id, reason="messages of it may have no rows")

@@ -3,6 +3,8 @@ with their test.
 
     database_url    a new migrated database, once on SQLite and once on PostgreSQL
     sqlite_url, postgres_url    a new migrated database of that kind
+    clean_url       a migrated database of the module, emptied for the test; cheaper than a new one
+    clean_sqlite_url, clean_postgres_url    the same of that kind
     postgres        the PostgreSQL server, for faults: stop, kill, pause; repaired after the test
     broker          a Valkey of its own, for faults as well; `broker_url` is its URL
     spool           an empty `Spool` with an identity; `spool.prepare(engine)` binds a database
@@ -15,15 +17,19 @@ one. TMPDIR names the directory of spools and databases; without it they are in 
 room: on a disk the integration tests write 24 GB, and wait for it a third of their time.
 """
 
+import gc
 import itertools
 import logging
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +38,7 @@ import pytest
 import structlog
 from hypothesis import settings as hypothesis_settings
 from psycopg import sql
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 
 from relay.ids import new_id
 from relay.spool.store import Spool
@@ -76,6 +82,17 @@ for _name in [
 ]:
     del os.environ[_name]
 os.environ["NO_COLOR"] = "1"  # a terminal that a test pretends to have is plain, unless it says so
+
+
+# The garbage collector would search the collected tests, which are as many as there are, while they
+# are made and again and again while they run. None of them is garbage before the end.
+gc.disable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def _log_plainly() -> None:
@@ -191,6 +208,68 @@ def database_url(request: pytest.FixtureRequest) -> str:
     return url
 
 
+@pytest.fixture(scope="module")
+def databases() -> Iterator["ModuleDatabases"]:
+    """The databases of the module: to create and to drop one takes longer than to empty it."""
+    with ExitStack() as stack:
+        yield ModuleDatabases({}, stack)
+
+
+@pytest.fixture
+def clean_sqlite_url(
+    databases: "ModuleDatabases", sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    if "sqlite" not in databases.urls:
+        directory = tmp_path_factory.mktemp("sqlite")
+        for file in sqlite_template.iterdir():
+            shutil.copy(file, directory)
+        databases.urls["sqlite"] = f"sqlite:///{directory}/relay.db"
+    return _emptied(databases.urls["sqlite"])
+
+
+@pytest.fixture
+def clean_postgres_url(databases: "ModuleDatabases", postgres_databases: "Databases") -> str:
+    if "postgresql" not in databases.urls:
+        name = postgres_databases.create()
+        databases.stack.callback(postgres_databases.drop, name)
+        databases.urls["postgresql"] = postgres_databases.url(name)
+    return _emptied(databases.urls["postgresql"])
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def clean_url(request: pytest.FixtureRequest) -> str:
+    """A migrated database without rows, which other tests of the module have used."""
+    url: str = request.getfixturevalue(
+        "clean_sqlite_url" if request.param == "sqlite" else "clean_postgres_url"
+    )
+    return url
+
+
+@dataclass
+class ModuleDatabases:
+    """The databases of the module, created for the first test that uses them, and the stack that
+    drops them."""
+
+    urls: dict[str, str]
+    stack: ExitStack
+
+
+def _emptied(url: str) -> str:
+    """The URL of a database, after all rows are deleted: in one step, and without an engine, which
+    would take longer than the step."""
+    from migrations.tables import metadata  # as slow to import as `migrate`
+
+    deletes = ";".join(f"DELETE FROM {table.name}" for table in metadata.sorted_tables)
+    parsed = make_url(url)
+    if parsed.drivername == "sqlite":
+        with closing(sqlite3.connect(str(parsed.database))) as connection:
+            connection.executescript(f"BEGIN; {deletes}; COMMIT")
+    else:
+        with _connected(parsed) as connection:
+            connection.execute(sql.SQL(deletes))
+    return url
+
+
 class Databases:
     """Makes databases on a PostgreSQL server as copies of a migrated one, in some 40 ms each."""
 
@@ -214,9 +293,13 @@ class Databases:
         self.execute("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
 
     def execute(self, statement: str, *names: str) -> None:
-        plain = self._maintenance.set(drivername="postgresql").render_as_string(hide_password=False)
-        with psycopg.connect(plain, autocommit=True) as connection:
+        with _connected(self._maintenance) as connection:
             connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
+
+
+def _connected(url: URL) -> psycopg.Connection:
+    plain = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    return psycopg.connect(plain, autocommit=True)
 
 
 # --- broker, spool, children

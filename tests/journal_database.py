@@ -3,7 +3,8 @@
 Each process has its own engine, made by `relay.db.engine.connect`. What is simulated: the turn to
 write, which is a step of the process before BEGIN and another one behind COMMIT, so a process never
 ends or sleeps within a transaction that others wait for; the time, which is that of
-`SimulatedClock`; and durability, for a COMMIT counts as durable when it has returned.
+`SimulatedClock`; and durability: a COMMIT counts as durable when it has returned, but for that of a
+message that is announced, which the next COMMIT makes durable, as on PostgreSQL.
 """
 
 import sqlite3
@@ -51,6 +52,8 @@ class SimulatedDatabase:
         self.path, self.committed = path, committed
         self._clock = clock
         self._engines: list[Engine] = []
+        self._durable: sqlite3.Connection | None = None  # None: all that is committed
+        self._before: list[sqlite3.Connection] = []  # a transaction that is not synced
         # A process may be killed while it uses one, and then no pool closes it.
         self._connections: list[sqlite3.Connection] = []
         self.observer = sqlite3.connect(path, isolation_level=None)
@@ -65,6 +68,7 @@ class SimulatedDatabase:
         engine = connect(f"sqlite:///{self.path}")
         prepare_connections(engine, self._prepare)
         event.listen(engine, "begin", partial(_before_query, process), insert=True)
+        event.listen(engine, "before_execute", self._before_execute)
         _OWNERS[engine] = self, process
         self._engines.append(engine)
         process.at_end.append(partial(self._end, engine))
@@ -89,6 +93,35 @@ class SimulatedDatabase:
             for engine in self._engines:
                 engine.dispose()
         backup.backup(self.observer)
+
+    @property
+    def may_lose(self) -> bool:
+        """Whether a crash loses something."""
+        return self._durable is not None
+
+    def crash(self) -> None:
+        """What is not durable is lost, and every connection ends."""
+        if self._durable is not None:
+            self.restore(self._durable, live=False)
+            self._durable = None
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Around one that writes."""
+        self._before.clear()
+        yield
+        if not self._before:
+            self._durable = None
+        elif self._durable is None:
+            (self._durable,) = self._before
+        self.committed()
+
+    def _before_execute(
+        self, _connection: Connection, statement: Any, _several: Any, parameters: Any, _options: Any
+    ) -> None:
+        if parameters.get("announced") is not None and not self._before:
+            self._before.append(self.back_up())
+            self._connections += self._before
 
     def mark(self) -> int:
         """The mark of the spool."""
@@ -123,8 +156,8 @@ def turn_to_write(engine: Engine) -> Iterator[None]:
     database, process = _OWNERS[engine]
     if process.step("transaction"):
         raise _unavailable("no connection")
-    yield
-    database.committed()
+    with database.transaction():
+        yield
     if process.step("committed"):
         raise _unavailable("the reply to COMMIT was lost")
 

@@ -174,6 +174,7 @@ class SimulatedSpooler(RelayProcess):
             [(record.queue_id, ("default",)) for record in records],
             sum(len(record.envelope) + len(memoryview(record.body)) for record in records),
             [int(record.queue_id, 16) for record in records],
+            hinted=len(records) == 1 and not wait,
             written=self.machine.clock.monotonic(),
         )
         if not wait:

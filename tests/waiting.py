@@ -25,8 +25,10 @@ def until[T](
     """Call `condition()` until its result is true, and return the result. After `timeout` seconds
     raises AssertionError with `what` (text, or a function that makes it then) and the last result.
     The condition is called once more after the deadline, so that a slow machine gets a last
-    chance."""
-    deadline = time.monotonic() + timeout
+    chance. Each pause is a tenth of the time that has passed, from 5 to 50 ms: most conditions
+    are queries, and many tests that wait would else slow those that compute."""
+    began = time.monotonic()
+    deadline = began + timeout
     pause = threading.Event()
     while True:
         late = time.monotonic() >= deadline
@@ -38,7 +40,12 @@ def until[T](
                 what() if callable(what) else what or getattr(condition, "__name__", "condition")
             )
             raise AssertionError(f"not so after {timeout:g} s: {description} (last seen: {seen!r})")
-        pause.wait(0.02)
+        pause.wait(min(max((time.monotonic() - began) / 10, 0.005), 0.05))
+
+
+def whole_lines(file: Path) -> list[str]:
+    """The lines that a running process has written; without the last one if it is not whole yet."""
+    return file.read_text().split("\n")[:-1]
 
 
 def stands_still(pid: int) -> bool:

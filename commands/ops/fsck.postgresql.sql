@@ -10,9 +10,7 @@ ORDER BY d.queue_id, d.number
 LIMIT :most;
 
 -- name: repair_no_due_time
-UPDATE deliveries
-SET due_at = now()
-WHERE (queue_id, number) IN (
+WITH p AS MATERIALIZED (
     SELECT d.queue_id, d.number
     FROM deliveries d
     WHERE d.due_at IS NULL AND d.state IN ('queued', 'deferred')
@@ -20,7 +18,11 @@ WHERE (queue_id, number) IN (
     LIMIT :most
     FOR UPDATE OF d
 )
-RETURNING queue_id, number;
+UPDATE deliveries d
+SET due_at = now()
+FROM p
+WHERE d.queue_id = p.queue_id AND d.number = p.number
+RETURNING d.queue_id, d.number;
 
 -- name: find_useless_due_time
 SELECT d.queue_id, d.number
@@ -30,9 +32,7 @@ ORDER BY d.queue_id, d.number
 LIMIT :most;
 
 -- name: repair_useless_due_time
-UPDATE deliveries
-SET due_at = NULL
-WHERE (queue_id, number) IN (
+WITH p AS MATERIALIZED (
     SELECT d.queue_id, d.number
     FROM deliveries d
     WHERE d.due_at IS NOT NULL AND d.state IN ('held', 'split', 'delivered', 'dropped')
@@ -40,7 +40,11 @@ WHERE (queue_id, number) IN (
     LIMIT :most
     FOR UPDATE OF d
 )
-RETURNING queue_id, number;
+UPDATE deliveries d
+SET due_at = NULL
+FROM p
+WHERE d.queue_id = p.queue_id AND d.number = p.number
+RETURNING d.queue_id, d.number;
 
 -- name: find_no_finish_time
 SELECT d.queue_id, d.number
@@ -51,9 +55,7 @@ LIMIT :most;
 
 -- name: repair_no_finish_time
 -- The row is kept no longer than others.
-UPDATE deliveries
-SET finished_at = now()
-WHERE (queue_id, number) IN (
+WITH p AS MATERIALIZED (
     SELECT d.queue_id, d.number
     FROM deliveries d
     WHERE d.finished_at IS NULL AND d.state IN ('delivered', 'bounced', 'expired', 'dropped')
@@ -61,7 +63,11 @@ WHERE (queue_id, number) IN (
     LIMIT :most
     FOR UPDATE OF d
 )
-RETURNING queue_id, number;
+UPDATE deliveries d
+SET finished_at = now()
+FROM p
+WHERE d.queue_id = p.queue_id AND d.number = p.number
+RETURNING d.queue_id, d.number;
 
 -- name: find_held_without_recipient
 SELECT d.queue_id, d.number
@@ -82,12 +88,7 @@ ORDER BY d.queue_id, d.number
 LIMIT :most;
 
 -- name: repair_without_recipient
-UPDATE deliveries
-SET
-    -- event: fsck
-    state = 'held', due_at = NULL, last_reply = 'held by fsck: it has no recipient',
-    reason_source = 'operator'
-WHERE (queue_id, number) IN (
+WITH p AS MATERIALIZED (
     SELECT d.queue_id, d.number
     FROM deliveries d
     WHERE d.state IN ('queued', 'deferred') AND NOT EXISTS (
@@ -97,7 +98,14 @@ WHERE (queue_id, number) IN (
     LIMIT :most
     FOR UPDATE OF d
 )
-RETURNING queue_id, number;
+UPDATE deliveries d
+SET
+    -- event: fsck
+    state = 'held', due_at = NULL, last_reply = 'held by fsck: it has no recipient',
+    reason_source = 'operator'
+FROM p
+WHERE d.queue_id = p.queue_id AND d.number = p.number
+RETURNING d.queue_id, d.number;
 
 -- name: find_without_message
 -- Such a delivery needs the body of its message.

@@ -29,12 +29,7 @@ LIMIT :most
 FOR UPDATE;
 
 -- name: hold_unfinished
-UPDATE deliveries
-SET
-    -- event: fsck
-    state = 'held', due_at = NULL, warn_at = NULL, last_reply = :reply,
-    reason_source = 'operator'
-WHERE (queue_id, number) IN (
+WITH p AS MATERIALIZED (
     SELECT d.queue_id, d.number
     FROM deliveries d
     WHERE d.state IN ('queued', 'deferred')
@@ -42,16 +37,18 @@ WHERE (queue_id, number) IN (
     LIMIT :most
     FOR UPDATE OF d
 )
-RETURNING queue_id, number;
+UPDATE deliveries d
+SET
+    -- event: fsck
+    state = 'held', due_at = NULL, warn_at = NULL, last_reply = :reply,
+    reason_source = 'operator'
+FROM p
+WHERE d.queue_id = p.queue_id AND d.number = p.number
+RETURNING d.queue_id, d.number;
 
 -- name: hold_pending
 -- The DSN may have been sent since the backup. The reason of the failure stays in the text.
-UPDATE deliveries
-SET
-    -- event: fsck with a pending DSN
-    state = 'held', due_at = NULL, finished_at = NULL,
-    last_reply = :reply || coalesce(last_reply, ''), reason_source = 'operator'
-WHERE (queue_id, number) IN (
+WITH p AS MATERIALIZED (
     SELECT d.queue_id, d.number
     FROM deliveries d
     WHERE d.state IN ('bounced', 'expired') AND d.due_at IS NOT NULL
@@ -59,7 +56,14 @@ WHERE (queue_id, number) IN (
     LIMIT :most
     FOR UPDATE OF d
 )
-RETURNING queue_id, number;
+UPDATE deliveries d
+SET
+    -- event: fsck with a pending DSN
+    state = 'held', due_at = NULL, finished_at = NULL,
+    last_reply = :reply || coalesce(last_reply, ''), reason_source = 'operator'
+FROM p
+WHERE d.queue_id = p.queue_id AND d.number = p.number
+RETURNING d.queue_id, d.number;
 
 -- name: advance_segment
 -- All messages up to the end have rows, so no spooler makes them again.

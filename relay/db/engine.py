@@ -12,7 +12,6 @@ import fcntl
 import logging
 import os
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,6 +94,7 @@ def connect(
         prepare_connections(engine, partial(_prepare_postgresql, timeout))
         if hot:
             prepare_connections(engine, _prepare_hot)
+        _close_when_returned(engine)
         return engine
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
         raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old: 3.38 or newer is needed")
@@ -104,6 +104,7 @@ def connect(
     prepare_connections(engine, _prepare_sqlite)
     event.listen(engine, "checkout", _check_file)
     event.listen(engine, "begin", _begin_sqlite)
+    _close_when_returned(engine)
     return engine
 
 
@@ -119,6 +120,27 @@ def prepare_connections(engine: Engine, prepare: Callable[[Any, Any], object]) -
             raise
 
     event.listen(engine, "connect", connected)
+
+
+def _close_when_returned(engine: Engine) -> None:
+    """Close a connection that is in use while the engine is disposed of when it is returned. The
+    pool to which it returns is gone, and would leave it open."""
+    disposals = 0
+
+    def disposed(_engine: Engine) -> None:
+        nonlocal disposals
+        disposals += 1
+
+    def connected(_connection: Any, record: Any) -> None:
+        record.info["disposals"] = disposals
+
+    def returned(_connection: Any, record: Any) -> None:
+        if record.info.get("disposals") != disposals:
+            record.invalidate()
+
+    event.listen(engine, "engine_disposed", disposed)
+    event.listen(engine, "connect", connected)
+    event.listen(engine, "checkin", returned)
 
 
 def _prepare_postgresql(timeout: float, connection: Any, _record: Any) -> None:
@@ -204,45 +226,6 @@ def writing(engine: Engine) -> Iterator[Connection]:
         connection.begin(),
     ):
         yield connection
-
-
-class SingleStatements:
-    """Write transactions of one statement, for one thread. On PostgreSQL each is one round trip.
-
-    The thread keeps its connection: to take one from the pool, set it to autocommit and return it
-    takes nearly as long as the round trip. After an error it takes another one. On SQLite this is
-    `writing`. Another thread may dispose of the engine, and waits for the statement.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._kept: Connection | None = None
-        self._in_use = threading.Lock()
-        event.listen(engine, "engine_disposed", self._close)
-
-    @contextmanager
-    def writing(self) -> Iterator[Connection]:
-        """The connection for one statement, or for some of which each is committed alone."""
-        if self._engine.dialect.name == "sqlite":
-            with writing(self._engine) as connection:
-                yield connection
-            return
-        with self._in_use:
-            if self._kept is None:
-                self._kept = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-            try:
-                yield self._kept
-            except BaseException:
-                self._kept.close()
-                self._kept = None
-                raise
-
-    def _close(self, _engine: Engine) -> None:
-        with self._in_use:
-            if self._kept is not None:
-                self._kept.invalidate()  # the pool that it came from is gone
-                self._kept.close()
-                self._kept = None
 
 
 @contextmanager

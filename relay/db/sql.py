@@ -56,7 +56,9 @@ class Queries:
 
     def __init__(self, engine: Engine, module: str, **common: Any) -> None:
         self._statements = named_statements(module, engine.dialect.name)
+        self._dialect = engine.dialect
         self._common = common
+        self._compiled: dict[str, str] = {}
 
     def run(self, connection: Connection, name: str, **parameters: Any) -> Any:
         """Run the statements of a name, one after the other; the result of the last one."""
@@ -65,3 +67,11 @@ class Queries:
         for statement in first:
             connection.execute(statement, values)
         return connection.execute(last, values)
+
+    def for_driver(self, name: str, parameters: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The one statement of a name, and all its parameters, as the driver takes them."""
+        query = self._compiled.get(name)
+        if query is None:
+            (statement,) = self._statements[name]
+            query = self._compiled[name] = str(statement.compile(dialect=self._dialect))
+        return query, self._common | parameters

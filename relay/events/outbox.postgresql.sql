@@ -67,24 +67,26 @@ WHERE x.report = 'done' AND n.queue_id = x.queue_id AND n.subscription = :subscr
         WHERE o.queue_id = x.queue_id AND o.subscription = :subscription);
 
 -- name: wake
-UPDATE notifications n SET due_at = now()
-FROM (
+WITH x AS MATERIALIZED (
     SELECT queue_id, sequence FROM notifications
     WHERE subscription = :subscription AND due_at > now() AND claim IS NULL AND tries > 0
     ORDER BY due_at LIMIT :most
     FOR UPDATE SKIP LOCKED
-) AS x
+)
+UPDATE notifications n SET due_at = now()
+FROM x
 WHERE n.queue_id = x.queue_id AND n.subscription = :subscription AND n.sequence = x.sequence;
 
 -- name: expire
-DELETE FROM notifications n
-USING (
+WITH x AS MATERIALIZED (
     SELECT queue_id, sequence FROM notifications
     WHERE subscription = :subscription AND claim IS NULL
         AND queued_at < now() - :seconds * interval '1 second'
     LIMIT :most
     FOR UPDATE SKIP LOCKED
-) AS x
+)
+DELETE FROM notifications n
+USING x
 WHERE n.queue_id = x.queue_id AND n.subscription = :subscription AND n.sequence = x.sequence;
 
 -- name: by_sequence

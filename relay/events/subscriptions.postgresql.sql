@@ -48,8 +48,9 @@ SELECT name, CAST(seen_at AS text) AS seen FROM subscriptions;
 DELETE FROM subscriptions WHERE name = :subscription AND CAST(seen_at AS text) = :seen;
 
 -- name: remove_notifications
-DELETE FROM notifications n
-USING (
+WITH x AS MATERIALIZED (
     SELECT queue_id, sequence FROM notifications WHERE subscription = :subscription LIMIT :most
-) AS x
+)
+DELETE FROM notifications n
+USING x
 WHERE n.queue_id = x.queue_id AND n.subscription = :subscription AND n.sequence = x.sequence;

@@ -4,12 +4,14 @@
 -- Inserts the messages, recipients and deliveries of a batch, and moves the segment's position over
 -- them. Nothing is inserted unless the position was :start, so nothing comes twice; without :start
 -- there is no such condition. The relay chooses every key. Returns a row if the position was moved.
--- The lock :announced is for claims that wait for the end of this transaction.
+-- The lock :announced is for claims that wait for the end of this transaction, which therefore waits
+-- for no sync: the COMMIT of the claim syncs these rows too, and the journal keeps them until then.
 WITH s AS (
     UPDATE segments SET committed_to = :end
     WHERE id = CAST(:segment AS uuid) AND committed_to = CAST(:start AS bigint)
         AND (CAST(:announced AS bigint) IS NULL
-            OR pg_advisory_xact_lock(CAST(:announced AS bigint)) IS NOT NULL)
+            OR pg_advisory_xact_lock(CAST(:announced AS bigint)) IS NOT NULL
+            AND set_config('synchronous_commit', 'off', true) IS NOT NULL)
     RETURNING id
 ), m AS (
     INSERT INTO messages (id, received_at, sender, size, client_address, helo, protocol, auth_user,
@@ -63,10 +65,12 @@ INSERT INTO segments (id, committed_to) VALUES (:segment, :start) ON CONFLICT DO
 DELETE FROM segments WHERE id = :segment AND committed_to = :start AND sealed_at IS NULL;
 
 -- name: seal_segment
--- A segment that is sealed is read and removed, and never written or replayed.
-UPDATE segments SET sealed_at = now(), committed_to = :end, messages = :count,
+-- A segment that is sealed is read and removed, and never written or replayed. It is sealed where
+-- its position stands, so no message without rows is passed over.
+UPDATE segments SET sealed_at = now(), messages = :count,
     least_id = :least, greatest_id = :greatest
-WHERE id = :segment AND sealed_at IS NULL;
+WHERE id = :segment AND sealed_at IS NULL AND committed_to = :end
+RETURNING id;
 
 -- name: committed_to
 -- Up to where the messages of a segment have their rows, and whether it is sealed.

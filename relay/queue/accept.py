@@ -12,12 +12,13 @@ outcome, and another process may replay the same segment: no row comes twice.
 
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine
 
-from relay.db.engine import SingleStatements, is_outage, reading, writing
+from relay.db.engine import is_outage, reading, writing
 from relay.db.schema import LONGEST_INDEXED
+from relay.db.single import SingleTransactions
 from relay.db.sql import Queries
 from relay.ids import dashed, lock_key
 from relay.log import escaped, first_line, get_logger
@@ -81,7 +82,8 @@ class SegmentSpan(NamedTuple):
 
 
 class PositionMoved(Exception):
-    """The segment's position is not where this process left it: another process replays it."""
+    """The segment's position is not where this process left it: another process replays it, or the
+    database crashed and lost rows that it had not synced."""
 
 
 def encode(message: NewMessage, *, delay_warning: float | None = None) -> bytes:
@@ -205,8 +207,8 @@ class Acceptor:
 
     def __init__(self, engine: Engine, *, lifetime: float, grace: float) -> None:
         self._engine = engine
-        self._single = SingleStatements(engine)
         self._queries = Queries(engine, __name__, lifetime=lifetime, grace=grace)
+        self._single = SingleTransactions(engine, self._queries)
 
     def commit(
         self,
@@ -219,13 +221,14 @@ class Acceptor:
         """Insert messages that arrived `age` seconds ago, in one transaction.
 
         `announced`: the id of a message whose hint is published already. A claim for it waits until
-        this transaction has ended.
+        this transaction has ended. On PostgreSQL the next COMMIT syncs this one: a crash of the
+        database may lose it, and `position` is then before the span.
 
         Raises the database's errors, and PositionMoved if the segment's position was neither at the
         start of the span nor behind it.
         """
-        with self._single.writing() as connection:
-            moved = self.insert_batch(connection, messages, span, age=age, announced=announced)
+        parameters = _parameters(messages, span, age=age, announced=announced)
+        moved = self._single.run(("accept", parameters))
         if not moved and not self.is_committed(span):
             raise PositionMoved(f"segment {span.segment} at {span.start}")
 
@@ -310,9 +313,10 @@ class Acceptor:
             self._queries.run(connection, "close_segment", segment=dashed(segment), start=start)
 
     def seal_segment(self, segment: str, end: int, count: int, least: str, greatest: str) -> None:
-        """Every message of the segment has its rows, and nothing more is written to it."""
+        """Every message of the segment up to `end` has its rows, and nothing more is written to it.
+        Raises PositionMoved if its position is another one, and the database's errors."""
         with writing(self._engine) as connection:
-            self._queries.run(
+            sealed = self._queries.run(
                 connection,
                 "seal_segment",
                 segment=dashed(segment),
@@ -320,7 +324,9 @@ class Acceptor:
                 count=count,
                 least=dashed(least) if least else None,
                 greatest=dashed(greatest) if greatest else None,
-            )
+            ).all()
+        if not sealed and not self.position(segment)[1]:
+            raise PositionMoved(f"segment {segment} at {end}")
 
     def sealed_segments(self) -> set[str]:
         """The segments that need no replay."""
@@ -354,30 +360,17 @@ class Acceptor:
     ) -> bool:
         """Insert messages in the caller's transaction, which arrived `age` seconds ago: those of a
         span of a segment, whose position must stand at the start of the span; or those of a
-        `segment` (None: their bodies are files). With a `hold_reason` they are held. Claims for a
-        message that is `announced` wait for the end of the transaction. Returns whether the
-        position of the span was moved."""
-        lines = [message.rows.decode().split("\n") for message in messages]
-        rows = ",".join(
-            f'{{"position":{"null" if message.position is None else message.position},{line[0][1:]}'
-            for message, line in zip(messages, lines, strict=True)
-        )
-        at = span.segment if span else segment
-        moved = self._queries.run(
-            connection,
-            "accept",
-            messages=f"[{rows}]",
-            recipients=f"[{','.join(line[1] for line in lines if line[1])}]",
-            deliveries=f"[{','.join(line[2] for line in lines if line[2])}]",
-            segment=dashed(at) if at else None,
-            start=span.start if span else None,
-            end=span.end if span else None,
+        `segment` (None: their bodies are files). With a `hold_reason` they are held; `announced` as
+        in `commit`. Returns whether the position of the span was moved."""
+        parameters = _parameters(
+            messages,
+            span,
+            segment=segment,
             age=age,
             hold_reason=hold_reason,
-            announced=lock_key(announced) if announced else None,
-            hold_source=ReasonSource.RELAY,
+            announced=announced,
         )
-        return bool(moved.all())
+        return bool(self._queries.run(connection, "accept", **parameters).all())
 
 
 def _routes_to_warn_of(message: NewMessage) -> set[str]:
@@ -388,4 +381,34 @@ def _routes_to_warn_of(message: NewMessage) -> set[str]:
         recipient.route
         for recipient in message.recipients
         if recipient.notify is None or "DELAY" in recipient.notify.upper()
+    }
+
+
+def _parameters(
+    messages: Sequence[EncodedMessage],
+    span: SegmentSpan | None,
+    *,
+    segment: str | None = None,
+    age: float,
+    hold_reason: str | None = None,
+    announced: str | None = None,
+) -> dict[str, Any]:
+    """The parameters of `accept`."""
+    lines = [message.rows.decode().split("\n") for message in messages]
+    rows = ",".join(
+        f'{{"position":{"null" if message.position is None else message.position},{line[0][1:]}'
+        for message, line in zip(messages, lines, strict=True)
+    )
+    at = span.segment if span else segment
+    return {
+        "messages": f"[{rows}]",
+        "recipients": f"[{','.join(line[1] for line in lines if line[1])}]",
+        "deliveries": f"[{','.join(line[2] for line in lines if line[2])}]",
+        "segment": dashed(at) if at else None,
+        "start": span.start if span else None,
+        "end": span.end if span else None,
+        "age": age,
+        "hold_reason": hold_reason,
+        "announced": lock_key(announced) if announced else None,
+        "hold_source": ReasonSource.RELAY,
     }

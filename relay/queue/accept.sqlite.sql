@@ -54,10 +54,12 @@ INSERT INTO segments (id, committed_to) VALUES (:segment, :start) ON CONFLICT DO
 DELETE FROM segments WHERE id = :segment AND committed_to = :start AND sealed_at IS NULL;
 
 -- name: seal_segment
--- A segment that is sealed is read and removed, and never written or replayed.
-UPDATE segments SET sealed_at = (SELECT now FROM clock), committed_to = :end, messages = :count,
+-- A segment that is sealed is read and removed, and never written or replayed. It is sealed where
+-- its position stands, so no message without rows is passed over.
+UPDATE segments SET sealed_at = (SELECT now FROM clock), messages = :count,
     least_id = :least, greatest_id = :greatest
-WHERE id = :segment AND sealed_at IS NULL;
+WHERE id = :segment AND sealed_at IS NULL AND committed_to = :end
+RETURNING id;
 
 -- name: committed_to
 -- Up to where the messages of a segment have their rows, and whether it is sealed.

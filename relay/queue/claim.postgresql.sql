@@ -39,7 +39,8 @@ SELECT set_config('lock_timeout', :patience, true), pg_advisory_xact_lock_shared
 -- Claims the deliveries of a route that hints name; their rows with the envelope. `state || ''`
 -- keeps PostgreSQL from using an index on the state: a plan that was made for a short queue would
 -- scan all that waits for the route. The ids are an array and not a join: without statistics the
--- join would read the whole queue for each claim.
+-- join would read the whole queue for each claim. A worker that was expired while it was stopped
+-- claims nothing: a sweeper would make what it has not begun to send `uncertain`.
 WITH p AS MATERIALIZED (
     SELECT queue_id, number FROM deliveries
     WHERE queue_id = ANY (ARRAY(
@@ -54,6 +55,7 @@ WITH p AS MATERIALIZED (
         pending_operation = NULL, pending_reason = NULL, waiting_for = NULL,
         due_at = now() + :far * interval '1 second'
     FROM p WHERE d.queue_id = p.queue_id AND d.number = p.number
+        AND EXISTS (SELECT 1 FROM workers WHERE id = :worker AND ended_at IS NULL)
     RETURNING d.queue_id, d.number, d.claim_count, d.route, d.deferrals, d.crash_count
 )
 SELECT replace(CAST(c.queue_id AS text), '-', '') AS queue_id, c.number, c.claim_count, c.route,
@@ -69,7 +71,7 @@ FROM c JOIN messages m ON m.id = c.queue_id;
 -- Claims overdue deliveries of a route, the longest due first. :fresh of them were never claimed
 -- and :retries were, so that neither kind waits for all of the other; slots that one kind leaves
 -- free go to the other. The index has each kind by `due_at`. A row that is locked and not claimed
--- stays `queued`.
+-- stays `queued`. A worker that has ended claims nothing, as above.
 WITH fresh AS MATERIALIZED (
     SELECT queue_id, number, due_at FROM deliveries
     WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 0
@@ -99,6 +101,7 @@ WITH fresh AS MATERIALIZED (
         pending_operation = NULL, pending_reason = NULL, waiting_for = NULL,
         due_at = now() + :far * interval '1 second'
     FROM p WHERE d.queue_id = p.queue_id AND d.number = p.number
+        AND EXISTS (SELECT 1 FROM workers WHERE id = :worker AND ended_at IS NULL)
     RETURNING d.queue_id, d.number, d.claim_count, d.route, d.deferrals, d.crash_count
 )
 SELECT replace(CAST(c.queue_id AS text), '-', '') AS queue_id, c.number, c.claim_count, c.route,

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from relay.db.engine import SingleStatements, writing
+from relay.db.engine import writing
+from relay.db.single import SingleTransactions
 from relay.db.sql import Queries
 from relay.hint_entry import EARLY_SEARCH
 from relay.ids import dashed, lock_key
@@ -71,7 +72,6 @@ class WorkerQueue:
 
     def __init__(self, engine: Engine, settings: WorkerSettings) -> None:
         self.engine = engine
-        self._single = SingleStatements(engine)
         self._far = longest_claim(settings)
         sends_dsns = settings.bounces == "dsn"
         self._queries = Queries(
@@ -82,6 +82,7 @@ class WorkerQueue:
             sends_dsns=sends_dsns,
             far=self._far,
         )
+        self._single = SingleTransactions(engine, self._queries)
         self._splitter = Splitter(engine, sends_dsns=sends_dsns)
         # Claims without a completion, by key; the value is the number of the claim.
         self._held: dict[Key, int] = {}
@@ -114,14 +115,26 @@ class WorkerQueue:
         Raises the database's errors. Then nothing changed, or the outcome of the COMMIT is unknown
         and the same call settles it.
         """
-        completions = [item for item in items if isinstance(item, Completion)]
-        requests = [item for item in items if isinstance(item, ClaimRequest)]
         commit_unknown, self._commit_unknown = self._commit_unknown, True
-        # A message that comes alone waits for its claim, and BEGIN and COMMIT are round trips.
-        alone = len(items) == len(requests) == 1 == len(requests[0].capacity) and not commit_unknown
-        with self._single.writing() if alone else writing(self.engine) as connection:
-            if alone and requests[0].early:
-                self._wait_for_rows(connection, requests[0])
+        results: list[CommandResult]
+        match items:
+            case [ClaimRequest() as request] if len(request.capacity) == 1 and not commit_unknown:
+                results = [self._claim_alone(request)]
+            case _:
+                results = self._commit_together(items, commit_unknown=commit_unknown)
+        self._commit_unknown = False  # not before the last statement that an outage may end
+        for item, result in zip(items, results, strict=True):
+            if isinstance(item, Completion) and self._held.get(item.key) == item.claim:
+                del self._held[item.key]
+            if isinstance(result, list):
+                self._held |= {(claim.queue_id, claim.number): claim.claim for claim in result}
+        return results
+
+    def _commit_together(
+        self, items: Sequence[Command], *, commit_unknown: bool
+    ) -> list[CommandResult]:
+        completions = [item for item in items if isinstance(item, Completion)]
+        with writing(self.engine) as connection:
             # `Rescuer.expire_worker` locks the worker first and then its deliveries, as here.
             renewed = {
                 worker: self._queries.run(connection, "renew_lease", worker=dashed(worker)).rowcount
@@ -130,14 +143,10 @@ class WorkerQueue:
             if commit_unknown:
                 self._return_unknown_claims(connection, {item.worker for item in items})
             recorded = self._complete(connection, completions) if completions else []
-            claimed = [self._claim(connection, request) for request in requests]
-        completed = iter(self._bodies_checked(completions, recorded))
-        self._commit_unknown = False  # not before the last statement that an outage may end
-        for completion in completions:
-            if self._held.get(completion.key) == completion.claim:
-                del self._held[completion.key]
-        self._held.update({(c.queue_id, c.number): c.claim for claims in claimed for c in claims})
-        answered = iter(claimed)
+            claims = [
+                self._claim(connection, item) for item in items if isinstance(item, ClaimRequest)
+            ]
+        completed, claimed = iter(self._bodies_checked(completions, recorded)), iter(claims)
         results: list[CommandResult] = []
         for item in items:
             match item:
@@ -146,7 +155,7 @@ class WorkerQueue:
                 case Completion():
                     results.append(next(completed))
                 case ClaimRequest():
-                    results.append(next(answered))
+                    results.append(next(claimed))
         return results
 
     def _bodies_checked(
@@ -183,38 +192,41 @@ class WorkerQueue:
             held=json.dumps(held),
         )
 
-    def _wait_for_rows(self, connection: Connection, request: ClaimRequest) -> None:
-        """Wait, for EARLY_SEARCH at most, while a transaction inserts the message of an early hint.
-        SQLite has one writer at a time, so there this transaction has waited for it already."""
-        if connection.dialect.name == "sqlite":
-            return
-        (queue_id,) = request.ids or ()
+    def _claim_alone(self, request: ClaimRequest) -> list[Claim]:
+        """A claim of one route that no other command accompanies: a message that comes alone waits
+        for it. An early one waits, for EARLY_SEARCH at most, while a transaction inserts the
+        message; SQLite has one writer at a time, so there it has waited already."""
+        ((route, free),) = request.capacity.items()
+        statements = [self._claim_statement(request, route, free)]
+        if request.early and self.engine.dialect.name != "sqlite":
+            (queue_id,) = request.ids or ()
+            wait = {"announced": lock_key(queue_id), "patience": f"{EARLY_SEARCH:g}s"}
+            statements.insert(0, ("wait_for_rows", wait))
         try:
-            self._queries.run(
-                connection,
-                "wait_for_rows",
-                announced=lock_key(queue_id),
-                patience=f"{EARLY_SEARCH:g}s",
-            )
+            return _claims(self._single.run(*statements))
         except DBAPIError as error:
             if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
                 raise
+            return []
 
     def _claim(self, connection: Connection, request: ClaimRequest) -> list[Claim]:
         claims: list[Claim] = []
         for route, free in request.capacity.items():
-            parameters = {"worker": dashed(request.worker), "route": route, "free": free}
-            if request.ids is not None:
-                ids = json.dumps([dashed(queue_id) for queue_id in request.ids])
-                rows = self._queries.run(connection, "claim_hinted", **parameters, ids=ids)
-            else:
-                self._odd[route] = odd = not self._odd[route]
-                fresh = (free + odd) // 2
-                rows = self._queries.run(
-                    connection, "claim_overdue", **parameters, fresh=fresh, retries=free - fresh
-                )
-            claims += sorted(map(_claim, rows), key=lambda claim: claim.queue_id)
+            name, parameters = self._claim_statement(request, route, free)
+            claims += _claims(self._queries.run(connection, name, **parameters))
         return claims
+
+    def _claim_statement(
+        self, request: ClaimRequest, route: str, free: int
+    ) -> tuple[str, dict[str, Any]]:
+        """The name and the parameters of the statement that claims so many of a route."""
+        parameters = {"worker": dashed(request.worker), "route": route, "free": free}
+        if request.ids is not None:
+            ids = json.dumps([dashed(queue_id) for queue_id in request.ids])
+            return "claim_hinted", parameters | {"ids": ids}
+        self._odd[route] = odd = not self._odd[route]
+        fresh = (free + odd) // 2
+        return "claim_overdue", parameters | {"fresh": fresh, "retries": free - fresh}
 
     def _complete(
         self, connection: Connection, completions: list[Completion]
@@ -285,11 +297,15 @@ class WorkerQueue:
 def _claim(row: Any) -> Claim:
     """A row of a claim; SQLite has no arrays, so there the recipients are JSON."""
     *columns, segment, position, prefix = row
-    listed = row.recipients
+    listed = columns[6]
     columns[6] = tuple(json.loads(listed) if isinstance(listed, str) else listed or ())
     columns.append(Place(segment, position) if segment else None)
     columns.append(prefix.encode() if prefix else b"")
     return Claim(*columns)
+
+
+def _claims(rows: Iterable[Any]) -> list[Claim]:
+    return sorted(map(_claim, rows), key=lambda claim: claim.queue_id)
 
 
 def _keys(keys: Iterable[Key]) -> list[dict[str, Any]]:

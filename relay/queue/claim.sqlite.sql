@@ -33,17 +33,19 @@ WHERE state = 'sending' AND worker IN (SELECT value FROM json_each(:workers))
 -- name: claim_hinted
 -- Claims the deliveries of a route that hints name; their rows with the envelope. `state || ''`
 -- keeps SQLite from using an index on the state, and so from scanning all that waits for the
--- route. RETURNING may read other tables only in scalar subqueries.
+-- route. RETURNING may read other tables only in scalar subqueries. A worker that was expired while
+-- it was stopped claims nothing: a sweeper would make what it has not begun to send `uncertain`.
 UPDATE deliveries
 -- event: claimed
 SET state = 'sending', worker = :worker, claim_count = claim_count + 1,
     pending_operation = NULL, pending_reason = NULL, waiting_for = NULL,
     due_at = (SELECT now FROM clock) + CAST(:far * 1000000 AS INTEGER)
-WHERE (queue_id, number) IN (
-    SELECT queue_id, number FROM deliveries
-    WHERE queue_id IN (SELECT value FROM json_each(:ids))
-        AND state || '' = 'queued' AND route = :route
-    ORDER BY queue_id, number LIMIT :free)
+WHERE EXISTS (SELECT 1 FROM workers WHERE id = :worker AND ended_at IS NULL)
+    AND (queue_id, number) IN (
+        SELECT queue_id, number FROM deliveries
+        WHERE queue_id IN (SELECT value FROM json_each(:ids))
+            AND state || '' = 'queued' AND route = :route
+        ORDER BY queue_id, number LIMIT :free)
 RETURNING replace(queue_id, '-', '') AS queue_id, number, claim_count, route,
     (SELECT m.sender FROM messages m WHERE m.id = deliveries.queue_id) AS sender,
     (SELECT m.size FROM messages m WHERE m.id = deliveries.queue_id) AS size,
@@ -62,7 +64,8 @@ RETURNING replace(queue_id, '-', '') AS queue_id, number, claim_count, route,
 -- name: claim_overdue
 -- Claims overdue deliveries of a route, the longest due first. :fresh of them were never claimed
 -- and :retries were, so that neither kind waits for all of the other; slots that one kind leaves
--- free go to the other. The index has each kind by `due_at`.
+-- free go to the other. The index has each kind by `due_at`. A worker that has ended claims
+-- nothing, as above.
 WITH fresh AS MATERIALIZED (
     SELECT queue_id, number, due_at FROM deliveries
     WHERE state = 'queued' AND CAST(claim_count > 0 AS integer) = 0 AND route = :route
@@ -89,7 +92,8 @@ UPDATE deliveries
 SET state = 'sending', worker = :worker, claim_count = claim_count + 1,
     pending_operation = NULL, pending_reason = NULL, waiting_for = NULL,
     due_at = (SELECT now FROM clock) + CAST(:far * 1000000 AS INTEGER)
-WHERE (queue_id, number) IN (SELECT queue_id, number FROM p)
+WHERE EXISTS (SELECT 1 FROM workers WHERE id = :worker AND ended_at IS NULL)
+    AND (queue_id, number) IN (SELECT queue_id, number FROM p)
 RETURNING replace(queue_id, '-', '') AS queue_id, number, claim_count, route,
     (SELECT m.sender FROM messages m WHERE m.id = deliveries.queue_id) AS sender,
     (SELECT m.size FROM messages m WHERE m.id = deliveries.queue_id) AS size,

@@ -82,13 +82,13 @@ class Installation:
         return child
 
     def smtpd(self, *, wait: bool = True, **settings: str) -> subprocess.Popen[Any]:
-        child = self.begin("commands.cli.main", "smtpd", **settings)
+        child = self.begin("commands.cli.start", "smtpd", **settings)
         if wait:
             self.until_accepting(child)
         return child
 
     def worker(self, *, wait: bool = True, **settings: str) -> subprocess.Popen[Any]:
-        child = self.begin("commands.cli.main", "worker", **settings)
+        child = self.begin("commands.cli.start", "worker", **settings)
         if wait:
             self.until_registered(child)
         return child
@@ -302,7 +302,7 @@ class Feeder:
                 with smtplib.SMTP(
                     "127.0.0.1", self._port, "client.example.com", timeout=20
                 ) as connection:
-                    while not self._stopping.wait(0.02):
+                    while not self._stopping.wait(0.05):
                         number += 1
                         recipient = f"{self._name}{client}-{number}@example.org"
                         submit(

@@ -37,7 +37,7 @@ def relay_environ(**settings: str) -> dict[str, str]:
 def command(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run `qmqp-relay ARGUMENTS` to its end."""
     return subprocess.run(
-        [sys.executable, "-m", "commands.cli.main", *arguments],
+        [sys.executable, "-m", "commands.cli.start", *arguments],
         env=relay_environ(**settings),
         capture_output=True,
         text=True,
@@ -90,7 +90,7 @@ class Up:
         """Start it."""
         with self.log.open("w") as log:
             self.process = spawn(
-                [sys.executable, "-m", "commands.cli.main", "up", *self.options],
+                [sys.executable, "-m", "commands.cli.start", "up", *self.options],
                 env=relay_environ(**self.settings),
                 stdout=log,
                 stderr=log,

@@ -26,7 +26,7 @@ from tests.acceptance.test_auth import PASSWORD, user
 from tests.certificates import Authority
 from tests.integration.test_smtpd import RawClient
 from tests.services import free_port
-from tests.waiting import until
+from tests.waiting import until, whole_lines
 
 BALANCER, OUTSIDER, GUESSER, FRIEND = "127.0.0.9", "127.0.0.5", "127.0.0.7", "127.0.0.8"
 TRUSTED = "127.0.0.20"
@@ -75,7 +75,7 @@ class AttackedRelay:
         return [one.raddr.port for one in sockets if one.raddr and one.laddr.port in listeners]
 
     def logged(self, event: str) -> list[dict[str, Any]]:
-        lines = self.relay.log.read_text().splitlines()
+        lines = whole_lines(self.relay.log)
         entries = [json.loads(line) for line in lines if line.startswith("{")]
         return [entry for entry in entries if entry["event"] == event]
 

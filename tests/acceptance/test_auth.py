@@ -13,7 +13,7 @@ from qmqp.sink import Sink, running_sink
 from tests.acceptance.installation import Install, Installation, installed, submit
 from tests.acceptance.stack import command
 from tests.services import Postgres
-from tests.waiting import until
+from tests.waiting import until, whole_lines
 
 PASSWORD = "correct horse"
 
@@ -96,11 +96,21 @@ def test_clients_log_in_and_relay(
     assert sink.dump is not None
     body = (sink.dump / f"{number:08d}.eml").read_bytes()
     assert b" with ESMTPA id " in body
-    [shown] = listed(relay, "show", row.queue_id)
+
+
+def test_commands_show_who_sent_a_message(relay: Installation) -> None:
+    recipient = "shown@sink.test"
+    with client_of(relay) as client:
+        assert log_in(client, "ann") == 235
+        queue_id = submit(
+            client, recipient, sender="ann@example.com", body=b"Subject: x\n\nHello.\n"
+        )
+    assert relay.until_state(recipient, "delivered").auth_user == "ann"
+    [shown] = listed(relay, "show", queue_id)
     assert (shown["auth_user"], shown["protocol"]) == ("ann", "ESMTPA")
     [line] = listed(relay, "list", "--all", "--recipient", recipient)
     assert line["auth_user"] == "ann"
-    assert " as ann" in command("show", row.queue_id, **relay.settings).stdout
+    assert " as ann" in command("show", queue_id, **relay.settings).stdout
 
 
 def test_a_wrong_password_relays_nothing(relay: Installation) -> None:
@@ -108,15 +118,16 @@ def test_a_wrong_password_relays_nothing(relay: Installation) -> None:
     assert "535 5.7.8" in output
     sent = "SELECT 1 FROM mail_history WHERE recipient = :recipient"
     assert not relay.rows(sent, recipient="wrong@sink.test")
-    failed = [
-        entry
-        for line in relay.log.read_text().splitlines()
-        if line.startswith("{") and (entry := json.loads(line))["event"] == "authentication failed"
-    ]
+    failed = until(lambda: logged(relay, "authentication failed"))
     assert failed[-1]["user"] == "ann"
     assert failed[-1]["reason"] == "wrong password"
     assert failed[-1]["client"] == "127.0.0.1"
     assert "horse" not in relay.log.read_text()
+
+
+def logged(relay: Installation, event: str) -> list[dict[str, Any]]:
+    entries = [json.loads(line) for line in whole_lines(relay.log) if line.startswith("{")]
+    return [entry for entry in entries if entry["event"] == event]
 
 
 def client_of(relay: Installation) -> smtplib.SMTP:

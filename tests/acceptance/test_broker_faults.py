@@ -69,7 +69,7 @@ def nothing(relay: Installation) -> None:
     """The fault of this case comes with the worker."""
 
 
-WORKER = ["commands.cli.main", "worker"]
+WORKER = ["commands.cli.start", "worker"]
 RETRIES_ALONE = ["celery", "-A", "worker.app", "worker", "--pool", "threads", "-Q", "retry"]
 
 

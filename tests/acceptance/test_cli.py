@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from commands.cli.main import main
+from commands.cli.main import app_for
 from tests.acceptance.stack import StartUp, command
 from tests.services import free_port
 
@@ -186,7 +186,7 @@ def test_every_command_refuses_a_setting_that_one_refuses(
     for name, (value, remedy) in BAD.items():
         with monkeypatch.context() as given:
             given.setenv(f"RELAY_{name}", value)
-            refused = CliRunner().invoke(main, arguments.split())
+            refused = CliRunner().invoke(app_for(arguments.split()), arguments.split())
         assert refused.exit_code == 2, refused.output
         assert f"RELAY_{name}" in refused.output
         assert remedy in refused.output
@@ -237,7 +237,7 @@ def test_wrong_use_is_named(
         "relay.log.configure", lambda _settings: None
     )  # to a stream that ends with this test
     refused = CliRunner().invoke(
-        main, arguments
+        app_for(arguments), arguments
     )  # in this process: a dozen starts of Python would take a while
     assert refused.exit_code == 2, refused.output
     assert text in refused.output

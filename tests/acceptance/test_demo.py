@@ -12,7 +12,7 @@ from tests.acceptance.stack import ROOT, processes_of, relay_environ
 @pytest.mark.timeout(180)
 def test_the_demo(tmp_path: Path) -> None:
     played = subprocess.run(
-        [sys.executable, "-m", "commands.cli.main", "demo"],
+        [sys.executable, "-m", "commands.cli.start", "demo"],
         env=relay_environ() | {"TMPDIR": str(tmp_path)},
         cwd=ROOT,
         capture_output=True,

@@ -68,7 +68,8 @@ def test_no_event_is_lost_or_reordered_by_kills(
                 smtpd = relay.smtpd()
         relay.until_all_recorded()
         until(lambda: not pending(relay), 60, what=relay.log_text)
-        assert {one for one in feeder.accepted if not relay.to(one)} == set()
+        recorded = {row[0] for row in relay.rows("SELECT address FROM recipients")}
+        assert feeder.accepted <= recorded
     compare(relay, receiver)
 
 

@@ -60,7 +60,7 @@ class Balanced:
         self.log = directory / "log"
         with self.log.open("wb") as output:
             self.smtpd = spawn(
-                [sys.executable, "-m", "commands.cli.main", "smtpd"],
+                [sys.executable, "-m", "commands.cli.start", "smtpd"],
                 env=relay_environ(**settings),
                 stderr=output,
             )

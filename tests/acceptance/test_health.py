@@ -141,7 +141,7 @@ def test_the_real_smtpd_is_healthy_and_logs_no_client(
     log = tmp_path / "log"
     with log.open("wb") as output:
         smtpd = spawn(
-            [sys.executable, "-m", "commands.cli.main", "smtpd"],
+            [sys.executable, "-m", "commands.cli.start", "smtpd"],
             env=relay_environ(**settings),
             stdout=output,
             stderr=output,
@@ -198,7 +198,7 @@ def test_the_real_worker_is_healthy_without_a_broker(
     log = tmp_path / "log"
     with log.open("wb") as output:
         worker = spawn(
-            [sys.executable, "-m", "commands.cli.main", "worker"],
+            [sys.executable, "-m", "commands.cli.start", "worker"],
             env=relay_environ(**settings),
             stdout=output,
             stderr=output,

@@ -68,10 +68,10 @@ class KillScenario:
         self.relay.send(recipient, body=LONG)
         self.accepted.add(recipient)
         until(lambda: not self.reader.slow_next, 20, what=self.relay.log_text)
-        pid = self.relay.rows(
-            "SELECT w.pid FROM deliveries d JOIN workers w ON w.id = d.worker WHERE d.route"
-            " = 'long'"
-        )[0][0]
+        # A worker may connect before the COMMIT of its claim.
+        claimed = """SELECT w.pid FROM deliveries d JOIN workers w ON w.id = d.worker
+            WHERE d.route = 'long'"""
+        pid = until(lambda: self.relay.rows(claimed), what=self.relay.log_text)[0][0]
         return next(worker for worker in self.workers if worker.pid == pid)
 
     def replace(self, worker: subprocess.Popen[Any]) -> None:

@@ -23,9 +23,9 @@ from tests.integration.typed import typed_at
 
 @pytest.fixture
 def at_the_page(
-    database_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
+    clean_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[QueueHarness, Browser]]:
-    with opened(database_url) as queue:
+    with opened(clean_url) as queue:
         typed_at(queue, spool, monkeypatch)
         with browsing(queue) as browser:
             yield queue, browser

@@ -40,9 +40,9 @@ class Desk:
 
 
 @pytest.fixture
-def desk(database_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+def desk(clean_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     monkeypatch.setattr("socket.gethostname", lambda: "mx-1")
-    with opened(database_url) as queue:
+    with opened(clean_url) as queue:
         typed = typed_at(queue, spool, monkeypatch)
         Users(queue.database).add("ann", HASH, role=Role.OPERATOR, actor="me@here")
         with browsing(queue) as browser:

@@ -20,8 +20,8 @@ type Found = tuple[QueueHarness, Typed, Browser]
 
 
 @pytest.fixture
-def found(database_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Found]:
-    with opened(database_url) as queue:
+def found(clean_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Found]:
+    with opened(clean_url) as queue:
         typed = typed_at(queue, spool, monkeypatch)
         queue.rescuer.publish_routes(queue.worker, {"default": ["a:628"], "bulk": ["c:628"]})
         for sender, recipient, outcome in (

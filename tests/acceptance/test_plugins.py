@@ -39,7 +39,7 @@ def sink(tmp_path: Path) -> Iterator[Sink]:
 
 def command(relay: Installation, *arguments: str, **settings: str) -> tuple[int, str, str]:
     done = subprocess.run(
-        [sys.executable, "-m", "commands.cli.main", *arguments],
+        [sys.executable, "-m", "commands.cli.start", *arguments],
         env=relay_environ(**{**relay.settings, **settings}),
         capture_output=True,
         text=True,

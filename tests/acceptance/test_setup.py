@@ -144,8 +144,8 @@ def test_a_wheel_runs_the_demo_from_anywhere(wheel: Path, tmp_path: Path) -> Non
             words, cwd=empty, env=environ, capture_output=True, text=True, timeout=200, check=False
         )
 
-    run(sys.executable, "-m", "venv", environment)
-    pip = (environment / "bin" / "python", "-m", "pip", "install", "-q", "--no-compile")
+    run(sys.executable, "-m", "venv", "--without-pip", environment)
+    pip = (sys.executable, "-m", "pip", "--python", environment, "install", "-q", "--no-compile")
     locked = run(*pip, "--require-hashes", "-r", ROOT / "requirements.lock")
     assert locked.returncode == 0, locked.stderr
     installed = run(*pip, f"{wheel}[embedded]")

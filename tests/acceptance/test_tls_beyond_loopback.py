@@ -40,7 +40,7 @@ def test_page_and_metrics_have_the_certificate_of_smtpd(install: Install, tmp_pa
     )
     relay.smtpd()
     relay.worker()
-    web = relay.begin("commands.cli.main", "web")
+    web = relay.begin("commands.cli.start", "web")
     addresses = {
         f"127.0.0.1:{first}/metrics": b"relay_tls_certificate_days",
         f"127.0.0.1:{second}/metrics": b"relay_tls_certificate_days",
@@ -59,6 +59,6 @@ def test_page_and_metrics_have_the_certificate_of_smtpd(install: Install, tmp_pa
             fetched(f"https://{address}")
     relay.end(web)
     port = free_port()
-    relay.begin("commands.cli.main", "web", WEB_LISTEN=f"127.0.0.1:{port}")
+    relay.begin("commands.cli.start", "web", WEB_LISTEN=f"127.0.0.1:{port}")
     body = until(lambda: fetched(f"http://127.0.0.1:{port}/"), STARTING, what=relay.log_text)
     assert b"<html" in body, "on loopback it stays plain"

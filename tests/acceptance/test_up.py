@@ -108,7 +108,7 @@ def test_sighup_stops_it_when_its_terminal_has_been_closed(tmp_path: Path) -> No
     up = Up(tmp_path / "var")
     terminal, end_of_terminal = os.openpty()
     process = spawn(
-        [sys.executable, "-m", "commands.cli.main", "up"],
+        [sys.executable, "-m", "commands.cli.start", "up"],
         env=relay_environ(**up.settings),
         stdout=end_of_terminal,
         stderr=end_of_terminal,

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import psycopg
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from relay.db.engine import writing
@@ -284,22 +285,22 @@ def killed(queue: QueueHarness, *, after: bool) -> Iterator[None]:
     The statement is a transaction of its own, so its end is the COMMIT.
     """
     done: list[int] = []
+    execute = psycopg.Connection.execute
 
-    def kill(connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if done or "INSERT INTO messages" not in statement:
-            return
-        done.append(connection.connection.driver_connection.info.backend_pid)
+    def interrupted(connection: Any, query: Any, *rest: Any, **options: Any) -> Any:
+        if done or "INSERT INTO messages" not in query:
+            return execute(connection, query, *rest, **options)
+        done.append(connection.info.backend_pid)
+        if after:
+            execute(connection, query, *rest, **options)
         with queue.database.connect() as other:
             other.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": done[0]})
-        if after:
-            connection.invalidate()
-            raise OperationalError("COMMIT", {}, ConnectionResetError())
+        return execute(connection, query, *rest, **options)  # the connection is broken
 
-    moment = "after_cursor_execute" if after else "before_cursor_execute"
-    event.listen(queue.database, moment, kill)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(psycopg.Connection, "execute", interrupted)
+        yield
     assert done
-    event.remove(queue.database, moment, kill)
 
 
 @pytest.mark.parametrize("after", [False, True])

@@ -489,7 +489,7 @@ def test_what_a_plugin_logs_is_not_in_the_output_of_a_command(tmp_path: Path):
     file = tmp_path / "recipients"
     file.write_text("ann@example.org\n")
     shown = subprocess.run(
-        [sys.executable, "-m", "commands.cli.main", "plugins", "--json"],
+        [sys.executable, "-m", "commands.cli.start", "plugins", "--json"],
         env=os.environ
         | {"RELAY_STATE_DIR": str(tmp_path), "RELAY_PLUGINS": f"check_recipients {file}"},
         capture_output=True,

@@ -499,7 +499,8 @@ class Lost(Exception):
 @contextmanager
 def lost_commit(worker_queue: WorkerQueue, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The next commit of this queue is done, and its worker never learns that."""
-    from relay.db.engine import SingleStatements, writing
+    from relay.db.engine import writing
+    from relay.db.single import SingleTransactions
     from relay.queue import claim as claims
 
     @contextmanager
@@ -508,10 +509,15 @@ def lost_commit(worker_queue: WorkerQueue, monkeypatch: pytest.MonkeyPatch) -> I
             yield connection
         raise OperationalError("COMMIT", {}, Lost())
 
+    run = SingleTransactions.run
+
+    def doubtful_run(*arguments: Any) -> Any:
+        run(*arguments)
+        raise OperationalError("COMMIT", {}, Lost())
+
     with monkeypatch.context() as patch:
         patch.setattr(claims, "writing", partial(doubtful, writing))
-        single = SingleStatements.writing
-        patch.setattr(SingleStatements, "writing", lambda one: doubtful(single, one))
+        patch.setattr(SingleTransactions, "run", doubtful_run)
         with pytest.raises(OperationalError):
             yield
 

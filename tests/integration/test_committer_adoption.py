@@ -72,8 +72,8 @@ class SleepyOwner:
 
 
 @pytest.fixture
-def queue(database_url: str) -> Iterator[QueueHarness]:
-    made = QueueHarness(database_url, registered=False)
+def queue(clean_url: str) -> Iterator[QueueHarness]:
+    made = QueueHarness(clean_url, registered=False)
     yield made
     made.database.dispose()
 

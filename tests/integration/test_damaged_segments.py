@@ -41,8 +41,8 @@ def bound(queue: QueueHarness, spool: Spool) -> Spool:
 
 
 @pytest.fixture
-def queue(database_url: str) -> Iterator[QueueHarness]:
-    made = QueueHarness(database_url, registered=False)
+def queue(clean_url: str) -> Iterator[QueueHarness]:
+    made = QueueHarness(clean_url, registered=False)
     yield made
     made.database.dispose()
 

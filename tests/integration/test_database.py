@@ -22,7 +22,6 @@ from relay.db import engine as database
 from relay.db.engine import (
     DatabaseError,
     DatabaseFileError,
-    SingleStatements,
     check_durable,
     check_schema,
     connect,
@@ -275,6 +274,22 @@ def test_a_connection_that_is_not_prepared_is_closed(database_url: str) -> None:
     engine.dispose()
 
 
+def test_a_connection_that_is_in_use_while_its_engine_is_disposed_of_is_closed_at_its_return(
+    database_url: str,
+) -> None:
+    engine = database.connect(database_url)
+    with engine.connect() as connection:
+        used: Any = connection.connection.driver_connection
+        engine.dispose()
+        assert connection.exec_driver_sql("SELECT 1").scalar_one() == 1
+    with pytest.raises((psycopg.OperationalError, sqlite3.ProgrammingError), match="closed"):
+        used.execute("SELECT 1")
+    with engine.connect() as connection:
+        kept: Any = connection.connection.driver_connection
+    assert kept.execute("SELECT 1").fetchone() == (1,)
+    engine.dispose()
+
+
 def test_a_database_that_is_not_durable_is_refused(postgres: Postgres, sqlite_url: str) -> None:
     engine = connect(postgres.url())
     sqlalchemy.event.listen(
@@ -404,52 +419,6 @@ def test_a_thread_waits_for_its_turn_to_write(sqlite_url: str) -> None:
         assert order == ["asks"]
     thread.join(10)
     assert order == ["asks", "writes"]
-    engine.dispose()
-
-
-def test_single_statements_are_committed_each(engine: Engine) -> None:
-    single = SingleStatements(engine)
-    for queue_id in (dashed(new_id()), dashed(new_id())):
-        with single.writing() as connection:
-            connection.execute(
-                text("INSERT INTO segments (id, committed_to) VALUES (:id, 0)"), {"id": queue_id}
-            )
-            if engine.dialect.name == "postgresql":
-                assert segments(engine, queue_id) == 1, "also before the end of the block"
-        assert segments(engine, queue_id) == 1
-
-
-def segments(engine: Engine, segment: str) -> int:
-    query = text("SELECT count(*) FROM segments WHERE id = :segment")
-    with reading(engine) as connection:
-        return int(connection.execute(query, {"segment": segment}).scalar_one())
-
-
-def test_single_statements_keep_a_connection_until_it_fails(clean_postgres_url: str) -> None:
-    """A connection that breaks, or whose statement is refused, is not used again."""
-    engine = connect(clean_postgres_url)
-    single = SingleStatements(engine)
-
-    def backend() -> int:
-        with single.writing() as connection:
-            return int(connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one())
-
-    kept = backend()
-    assert backend() == kept
-    with engine.connect() as other:
-        state = text("SELECT state FROM pg_stat_activity WHERE pid = :pid")
-        until(lambda: other.execute(state, {"pid": kept}).scalar_one() == "idle")
-        other.execute(text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": kept})
-    with pytest.raises(DBAPIError) as caught:
-        backend()
-    assert is_outage(caught.value)
-    again = backend()
-    assert again != kept
-    with pytest.raises(DBAPIError), single.writing() as connection:
-        connection.exec_driver_sql("SELECT 1 / 0")
-    assert backend()
-    engine.dispose()
-    assert backend() != again, "the engine has closed the one that was kept"
     engine.dispose()
 
 

@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 
 import worker.engine
 import worker.producer
+from qmqp import client
 from qmqp.body import BodyFile
 from qmqp.reply import ReplyParser
 from qmqp.sink import Answer, Rule, Sink, running_sink
@@ -23,22 +24,22 @@ from relay.queue.claim import WorkerQueue
 from relay.queue.model import ClaimRequest, Command, CommandResult
 from relay.routes import NO_SERVER
 from relay.spool.store import Spool
+from tests.integration.gated_server import gated_server
 from tests.integration.harness import BODY, EngineHarness
 from tests.services import Postgres
 from tests.waiting import until
+from worker import circuit_breaker
 
 type Open = Callable[..., EngineHarness]
 
 
 @pytest.fixture
-def harness_with(database_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
+def harness_with(clean_url: str, spool: Spool, tmp_path: Path) -> Iterator[Open]:
     opened: list[EngineHarness] = []
 
     def open_(*sinks: Sink | int, **settings: object) -> EngineHarness:
         servers = tuple(f"127.0.0.1:{one if isinstance(one, int) else one.port}" for one in sinks)
-        opened.append(
-            EngineHarness(database_url, spool, tmp_path, qmqp_servers=servers, **settings)
-        )
+        opened.append(EngineHarness(clean_url, spool, tmp_path, qmqp_servers=servers, **settings))
         return opened[-1]
 
     yield open_
@@ -294,11 +295,11 @@ def test_stale_doubled_and_unknown_hints_are_harmless(harness_with: Open, sink: 
 def test_hints_are_kept_while_the_worker_is_stopped(
     harness_with: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with answering(Answer(delay=8.0)) as sink:  # the only slot is taken meanwhile
-        mail = harness_with(sink, grace=3.0, server_connections=1, reply_timeout=20.0)
+    with gated_server() as gate:  # the only slot is taken meanwhile
+        mail = harness_with(gate.port, grace=3.0, server_connections=1, reply_timeout=60.0)
         with mail.working() as engine:
             engine.offer([mail.accept()])
-            until(lambda: sink.count == 1)
+            assert gate.reached.wait(30)
             batch = engine.offer([mail.accept()])
             stalled = threading.Event()
 
@@ -311,6 +312,8 @@ def test_hints_are_kept_while_the_worker_is_stopped(
                 engine.poll_now()
                 assert stalled.wait(10)
             assert not batch.wait(1.5), "the time in which the worker was stopped counted"
+            engine.servers.pauses = frozenset({f"server:127.0.0.1:{gate.port}"})
+            gate.open.set()
 
 
 def test_two_workers_send_no_duplicates(harness_with: Open, sink: Sink) -> None:
@@ -453,10 +456,13 @@ def test_a_Z_waits_although_the_next_server_has_no_slot(harness_with: Open) -> N
 
 
 def test_a_server_that_closes_before_it_reads_is_unreachable(
-    harness_with: Open, sink: Sink
+    harness_with: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As tcpserver does where its rules deny. From the second time on the worker knows it before
     the commit point."""
+    # On a busy machine a moment may take seconds.
+    monkeypatch.setattr(client, "_AT_ONCE", 30.0)
+    monkeypatch.setattr(circuit_breaker, "MAX_HOLD_BACK", 30.0)
     with denying() as port:
         mail = harness_with(port, grace=60.0, uncertain_delay=1000.0)
         first, second = mail.accept(), mail.accept()
@@ -478,7 +484,7 @@ def denying() -> Iterator[int]:
         def serve() -> None:
             with suppress(OSError):
                 with listener.accept()[0]:
-                    time.sleep(0.3)
+                    time.sleep(0.5)
                 while True:
                     listener.accept()[0].close()
 

@@ -90,7 +90,7 @@ def test_followed_events_are_shown_once_as_they_come(
 ) -> None:
     first, output = delivered(heard), tmp_path / "followed"
     with output.open("w") as file:
-        command = [sys.executable, "-m", "commands.cli.main", "events", "--follow", "--json"]
+        command = [sys.executable, "-m", "commands.cli.start", "events", "--follow", "--json"]
         spawn(command, stdout=file, cwd=Path(__file__).parents[2])
     until(lambda: output.read_text().count("\n") == 2, 30)
     second = delivered(heard)

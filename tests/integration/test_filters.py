@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from typer.testing import CliRunner
 
-from commands.cli.main import main
+from commands.cli.main import app_for
 from relay.ids import new_id
 from relay.queue.outcome import Outcome
 from relay.report.filters import Filter
@@ -135,7 +135,7 @@ def test_wrong_filter_is_explained(
     typed: Typed, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], text: str
 ) -> None:
     monkeypatch.setenv("COLUMNS", "1000")
-    refused = CliRunner().invoke(main, ["list", *arguments])
+    refused = CliRunner().invoke(app_for(["list"]), ["list", *arguments])
     assert refused.exit_code == 2
     assert text in refused.output
 

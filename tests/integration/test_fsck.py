@@ -336,6 +336,9 @@ def test_an_expired_worker_is_recorded(queue: QueueHarness, spool: Spool, typed:
 def test_many_rows_are_repaired_in_chunks(
     queue: QueueHarness, spool: Spool, typed: Typed, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
+    # With this plan PostgreSQL would run a subquery again for each row.
+    ways = ("hashjoin", "mergejoin", "hashagg", "sort", "material")
+    monkeypatch.setenv("PGOPTIONS", " ".join(f"-c enable_{way}=off" for way in ways))
     monkeypatch.setattr(fsck, "CHUNK", 2)
     chunks, note = list[int](), audit.AuditEntry.note
 

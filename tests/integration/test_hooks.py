@@ -528,16 +528,22 @@ def test_content_behind_a_refused_data_never_runs_as_commands(run: Run) -> None:
         assert client.closed()
 
 
-def test_input_before_the_banner_is_refused_while_connect_is_asked(run: Run) -> None:
-    running = run("""
-        import time
+def test_input_before_the_banner_is_refused_while_connect_is_asked(
+    run: Run, tmp_path: Path
+) -> None:
+    sent = tmp_path / "sent"
+    running = run(f"""
+        import pathlib, time
 
         @hookimpl
         def connect():
-            time.sleep(0.2)
+            while not pathlib.Path({str(sent)!r}).exists():
+                time.sleep(0.01)
+            time.sleep(0.2)  # the server reads meanwhile
         """)
     with talking(running) as client:
         client.send(b"EHLO early.example\r\n")
+        sent.touch()
         client.expect(b"554 5.5.0 The client must wait for the banner")
         assert client.closed()
 

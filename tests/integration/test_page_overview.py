@@ -30,10 +30,8 @@ UP, DOWN = "a:628", "b:628"
 
 
 @pytest.fixture
-def queue(
-    database_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[QueueHarness]:
-    with opened(database_url) as queue:
+def queue(clean_url: str, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Iterator[QueueHarness]:
+    with opened(clean_url) as queue:
         typed_at(queue, spool, monkeypatch)
         yield queue
 

@@ -138,6 +138,7 @@ def test_streams_end_when_the_server_stops(sqlite_url: str) -> None:
     engine = database.connect(sqlite_url)
     with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
         server = web.server(engine, load(SmtpdSettings))
+        server.config.timeout_graceful_shutdown = 60  # the time that requests get
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         until(lambda: server.started)
@@ -148,7 +149,7 @@ def test_streams_end_when_the_server_stops(sqlite_url: str) -> None:
         assert b"content-type: text/event-stream" in reply.lower()
         with capture_logs() as logged:
             server.should_exit = True
-            thread.join(2.5)  # less than the time that requests get
+            thread.join(30)
         assert not thread.is_alive()
         assert logged == []
         while data := client.recv(65536):

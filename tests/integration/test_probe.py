@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from commands.cli.main import main
+from commands.cli.main import app_for
 from qmqp import probe as module
 from qmqp.probe import ProbeResult, probe
 from qmqp.sink import Answer, Preset, Rule, running_sink
@@ -31,7 +31,7 @@ def ask(port: int = 0, path: str | None = None, reply: float = 5.0) -> ProbeResu
 
 
 def typed(*arguments: str) -> Result:
-    done = CliRunner().invoke(main, ["probe", *arguments])
+    done = CliRunner().invoke(app_for(["probe"]), ["probe", *arguments])
     if done.exception and not isinstance(done.exception, SystemExit):
         raise done.exception
     return done

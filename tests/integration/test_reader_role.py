@@ -99,7 +99,7 @@ def test_migration_makes_a_role_that_only_reads(
         assert CliRunner().invoke(main, arguments).exit_code == status, arguments
     assert CliRunner().invoke(main, ["pause", "--route", "default"]).exit_code != 0
     reader = connect(cluster.login("bob"))
-    assert Overview(reader, load(SmtpdSettings)).values("6h")["problems"]
+    assert Overview(reader, load(SmtpdSettings), timeout=60).values("6h")["problems"]
     assert not Users(reader).exist(PAGE_ROLES)
     cluster.do("INSERT INTO users VALUES ('ann', '$', 'viewer', '[]', NULL, now())")
     assert Users(reader).exist(PAGE_ROLES), "from now on the page asks for a login"

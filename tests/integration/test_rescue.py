@@ -209,6 +209,19 @@ def test_a_worker_that_wakes_up_late(queue: QueueHarness, outcome: Outcome) -> N
     assert not queue.renew()
 
 
+@pytest.mark.parametrize("hinted", [True, False], ids=["hinted", "overdue"])
+def test_an_expired_worker_claims_nothing(queue: QueueHarness, hinted: bool) -> None:
+    """It was stopped with a claim request before the database. The next sweep would find its claim,
+    and the message, of which nothing was sent, would be uncertain."""
+    queue_id, expired = queue.accept(), queue.worker
+    lose_worker(queue)
+    queue.pass_time(10)
+    ids = [queue_id] if hinted else []
+    assert queue.claim(*ids, worker=expired) == []
+    assert queue.rescuer.rescue_unowned() == 0
+    assert len(queue.claim(*ids, worker=queue.register_worker())) == 1
+
+
 def test_stuck_transfers_are_given_up(queue: QueueHarness) -> None:
     (claim,) = queue.claim(queue.accept())
     fresh = queue.accept()

@@ -48,7 +48,7 @@ from smtpd.session import ENDLESS
 from tests.integration.front_end import HeldSyncs, ServerHarness, body_of, starting
 from tests.postfix import PostfixClient
 from tests.services import ServiceError
-from tests.waiting import stands_still, until
+from tests.waiting import stands_still, until, whole_lines
 
 
 class SmtpHarness(ServerHarness):
@@ -1081,7 +1081,7 @@ class Program:
         )
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        return [e for e in map(json.loads, self.log.read_text().splitlines()) if e["event"] == name]
+        return [e for e in map(json.loads, whole_lines(self.log)) if e["event"] == name]
 
     def spoolers(self) -> list[int]:
         return [

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy
 from sqlalchemy.exc import OperationalError
+from structlog.testing import capture_logs
 
 import reception.committer
 import reception.replay
@@ -36,6 +38,7 @@ from relay.spool.journal.reader import JournalReader
 from relay.spool.mark import SpoolMark
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness, new_message
+from tests.services import Postgres
 from tests.waiting import until
 
 BODY = b"Subject: x\n\ntext\n"
@@ -668,6 +671,44 @@ def test_the_next_spooler_makes_the_rows_of_one_that_died(
         (segment,) = until(lambda: queue.rows(sealed))
         assert segment["id"] + ADOPTED in JournalDirectory(bound.handle).names()
     assert queue.rows("SELECT count(*) AS n FROM deliveries") == [{"n": 2}]
+
+
+@pytest.fixture
+def late_sync(postgres_queue: QueueHarness, postgres: Postgres) -> Iterator[QueueHarness]:
+    """A database that syncs a COMMIT without a sync ten seconds later."""
+    engine = sqlalchemy.create_engine(postgres_queue.database.url, isolation_level="AUTOCOMMIT")
+
+    def configure(change: str) -> None:
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f"ALTER SYSTEM {change}")
+            connection.exec_driver_sql("SELECT pg_reload_conf()")
+        engine.dispose()
+
+    configure("SET wal_writer_delay = '10s'")
+    yield postgres_queue
+    configure("RESET wal_writer_delay")
+
+
+def test_rows_of_a_lone_message_that_a_crash_takes_away_are_made_again(
+    late_sync: QueueHarness, spool: Spool, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception.committer, "MARK_INTERVAL", 1e9)
+    spool.prepare(late_sync.database, unsafe=True)
+    with spooler(late_sync, spool) as harness, capture_logs() as logs:
+        first = harness.request()
+        harness.wait_for_rows(first)
+        until(lambda: harness.mark.known == 1)  # this COMMIT is synced
+        lost = harness.request()
+        harness.wait_for_rows(lost)
+        assert {*places(late_sync)} == {first.queue_id, lost.queue_id}
+        postgres.kill()
+        postgres.start()
+        later = harness.request()
+        harness.wait_for_rows(later)
+        assert {*places(late_sync)} == {one.queue_id for one in (first, lost, later)}
+        assert body_of(harness, lost.queue_id) == BODY
+    (found,) = [log for log in logs if log["event"] == "rows lost by a crash of the database"]
+    assert found["messages"] == 1
 
 
 def test_a_replay_gives_the_time_of_arrival(queue: QueueHarness, bound: Spool) -> None:

@@ -289,7 +289,7 @@ class History(RuleBasedStateMachine):
         worker = chance.choice(list(self.leases))
         mine = [transfer for transfer in self.transfers if transfer.worker == worker]
         ends = sample_of(chance, mine, 0.4)
-        requests = self._claim_requests(worker, chance) if self.leases[worker] is not None else []
+        requests = self._claim_requests(worker, chance)
         self._round(worker, ends, requests, chance)
 
     def wake_up_late(self, chance: Random) -> None:
@@ -473,6 +473,9 @@ class History(RuleBasedStateMachine):
 
     def _claimed(self, request: ClaimRequest, claims: Any, chance: Random) -> None:
         assert isinstance(claims, list)
+        if self.leases[request.worker] is None:
+            assert claims == [], "an expired worker claims nothing"
+            return
         got = {(claim.queue_id, claim.number): claim for claim in claims}
         assert len(got) == len(claims)
         for route, capacity in request.capacity.items():

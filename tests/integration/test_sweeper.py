@@ -114,8 +114,8 @@ class SweeperHarness:
 
 
 @pytest.fixture
-def mail(database_url: str, spool: Spool, tmp_path: Path) -> Iterator[EngineHarness]:
-    made = EngineHarness(database_url, spool, tmp_path)
+def mail(clean_url: str, spool: Spool, tmp_path: Path) -> Iterator[EngineHarness]:
+    made = EngineHarness(clean_url, spool, tmp_path)
     yield made
     made.close()
 

@@ -398,11 +398,13 @@ def judge(running: SmtpHarness, wire: bytes, reply: bytes) -> None:
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("first", OCTETS, ids=["cr", "lf", "nul", "dot"])
 def test_C2_no_sequence_of_cr_lf_nul_and_dot_smuggles_a_message(
     run: Callable[..., SmtpHarness],
     pair: tuple[Path, Path],
     authority: Authority,
     monkeypatch: pytest.MonkeyPatch,
+    first: bytes,
     tls: bool,
 ) -> None:
     """Whole, and cut in two at every octet."""
@@ -410,7 +412,7 @@ def test_C2_no_sequence_of_cr_lf_nul_and_dot_smuggles_a_message(
     running = run(tls_certificate=pair[0], tls_key=pair[1])
     with greeted(running, authority, tls=tls) as client:
         client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for sequence in SEQUENCES:
+        for sequence in (s for s in SEQUENCES if s.startswith(first)):
             wire = b"a" + sequence + b"MAIL FROM:<x@y>\r\n.\r\n"
             for at in range(len(wire)):
                 judge(running, wire, transfer(client, [wire[:at], wire[at:]]))

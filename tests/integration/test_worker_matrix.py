@@ -18,7 +18,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from qmqp.sink import Answer, Rule, Sink, running_sink
 from relay.db.engine import write_lock
 from relay.spool.store import Spool
 from tests import services
+from tests.integration.gated_server import GatedServer, gated_server
 from tests.integration.harness import BODY, EngineHarness
 from tests.integration.test_delivery_matrix import in_page
 from tests.integration.test_worker_app import WorkerProcesses
@@ -55,40 +56,6 @@ LEASE = 4  # seconds
 LONG = b"Subject: long\n\n" + bytes(
     12_000_000
 )  # more than the kernel keeps for a peer that does not read
-
-
-class GatedServer:
-    """A QMQP server that reads `most` bytes of one request and replies K when the test opens it."""
-
-    def __init__(self, most: int = 1 << 40) -> None:
-        self._listener, self._most = socket.socket(), most
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        self._listener.bind(("127.0.0.1", 0))
-        self._listener.listen()
-        self.port = self._listener.getsockname()[1]
-        self.reached, self.open = threading.Event(), threading.Event()
-        self.taken = 0  # whole requests
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        with suppress(OSError), self._listener.accept()[0] as connection:
-            data = connection.recv(4096)
-            length = int(data.partition(b":")[0]) + len(data.partition(b":")[0]) + 2
-            got = len(data)
-            while got < min(length, self._most):
-                got += len(connection.recv(65536))
-            self.taken += got == length
-            self.reached.set()
-            self.open.wait()
-            connection.sendall(b"3:KOk,")
-            connection.recv(1)
-
-    def close(self) -> None:
-        self.open.set()
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self._listener.close()
 
 
 @contextmanager
@@ -379,20 +346,19 @@ def with_files(mail: EngineHarness, sink: Sink) -> list[str]:
 
 
 def without_database(postgres: Postgres, url: str, spool: Spool, directory: Path) -> list[str]:
-    gate = GatedServer()
-    mail = EngineHarness(
-        url, spool, directory, qmqp_servers=(f"127.0.0.1:{gate.port}",), lease=60.0
-    )
-    queue_id = mail.accept()
-    with mail.working():
-        assert gate.reached.wait(10)
-        postgres.kill()
-        gate.open.set()
-        postgres.start()
-        until(lambda: mail.state(queue_id) == "delivered", 20)
-    tries, delivery = mail.attempts(queue_id), mail.delivery(queue_id)
-    mail.close()
-    gate.close()
+    with gated_server() as gate:
+        mail = EngineHarness(
+            url, spool, directory, qmqp_servers=(f"127.0.0.1:{gate.port}",), lease=60.0
+        )
+        queue_id = mail.accept()
+        with mail.working():
+            assert gate.reached.wait(30)
+            postgres.kill()
+            gate.open.set()
+            postgres.start()
+            until(lambda: mail.state(queue_id) == "delivered", 20)
+        tries, delivery = mail.attempts(queue_id), mail.delivery(queue_id)
+        mail.close()
     return [line("the database is away and comes back", ANSWERED, tries, delivery, gate.taken)]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from commands.cli.main import main
+from commands.cli.main import app_for
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness
 
@@ -27,7 +27,7 @@ def typed_at(queue: QueueHarness, spool: Spool, monkeypatch: pytest.MonkeyPatch)
     spool.prepare(queue.database, unsafe=True)
 
     def typed(*arguments: str, status: int | None = 0, answer: str | None = None) -> Result:
-        result = CliRunner().invoke(main, arguments, input=answer)
+        result = CliRunner().invoke(app_for(arguments), arguments, input=answer)
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception
         assert status is None or result.exit_code == status, (

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,8 +68,9 @@ def test_sizes(count: int, shown: str) -> None:
     assert size(count) == shown
 
 
-def test_times_are_relative_to_now() -> None:
-    now = datetime.now(UTC)
+def test_times_are_relative_to_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+    monkeypatch.setattr(output, "datetime", SimpleNamespace(now=lambda _zone: now))
     assert ago(None) == ""
     assert ago(now - timedelta(seconds=200)) == "3m 20s"
     assert ago(now + timedelta(seconds=30.4)) == "in 30s"

@@ -16,6 +16,7 @@ heard, and what every COMMIT made durable, is remembered:
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
@@ -72,7 +73,11 @@ from tests.journal_processes import (
 )
 from worker import cleaner
 
-EXAMPLES = int(os.environ.get("RELAY_TESTS_EXAMPLES", "100"))  # histories; `make soak`
+EXAMPLES = int(os.environ.get("RELAY_TESTS_EXAMPLES", "0"))  # histories; `make soak`
+BATCHES, BATCH = 5, 20
+"""Batches of histories without EXAMPLES."""
+SECONDS = 40.0
+"""Seconds after which no more batches begin: a busy machine takes minutes for all of them."""
 SPOOLERS = 3
 SPARSE = 700.0
 """Seconds after which a segment may be compacted of which little is needed."""
@@ -433,6 +438,18 @@ class JournalHistory(RuleBasedStateMachine):
         self.may_come_again = self.had_rows - self.rows - rows
         self.may_be_sent_again = self.done - self.delivered - delivered
 
+    @precondition(lambda self: self.database.may_lose)
+    @rule()
+    def crash_database(self) -> None:
+        """Rows are lost that were not synced; nothing of them was delivered."""
+        before = {*self.present}
+        self.database.crash()
+        self.present = {row.queue_id: row.state for row in self.messages()}
+        lost = before - {*self.present}
+        assert not lost & self.done
+        self.rows -= lost
+        self.may_come_again |= lost
+
     @precondition(lambda self: self.restored and self.older())
     @rule(plan=work_plans, alone=st.booleans())
     def rebuild(self, plan: Plan, alone: bool) -> None:
@@ -569,14 +586,26 @@ def new_history(
 def test_no_crash_loses_a_message_or_makes_it_come_twice(
     new_history: Callable[[], JournalHistory],
 ) -> None:
+    if EXAMPLES:
+        run_histories(new_history, EXAMPLES)
+        return
+    end = time.monotonic() + SECONDS
+    for _ in range(BATCHES):
+        run_histories(new_history, BATCH)
+        if time.monotonic() > end:
+            break
+
+
+def run_histories(new_history: Callable[[], JournalHistory], examples: int) -> None:
     # To have a failing history made shorter, which takes minutes, take `phases` away.
     checks: Sequence[HealthCheck] = [HealthCheck.too_slow, HealthCheck.data_too_large]
     run_state_machine_as_test(
         cast("type[JournalHistory]", new_history),  # it may be any callable
         settings=settings(
-            max_examples=EXAMPLES,
+            max_examples=examples,
             stateful_step_count=40,
             deadline=None,
+            derandomize=False,  # each batch has its own histories
             phases=[Phase.reuse, Phase.generate],
             report_multiple_bugs=False,
             suppress_health_check=checks,
@@ -777,4 +806,33 @@ def test_an_owner_refuses_nothing_that_was_adopted_before_it_was_declared_void(
     history.append(0, [10], asleep, wait=True, deep=False, after="lives")
     assert len(history.present) == 1
     assert not history.refused
+    history.teardown()
+
+
+@pytest.mark.parametrize("then", ["the mark", "more mail", "the end of its segment", "the stop"])
+@pytest.mark.parametrize("lost", [1, 2])
+def test_rows_that_a_crash_of_the_database_takes_away_are_made_again(
+    new_history: Callable[[], JournalHistory], then: str, lost: int
+) -> None:
+    """The spooler lives on; each message came alone, so its COMMIT was not synced."""
+    history = new_history()
+    for _ in range(1 + lost):  # a mark follows the first one
+        history.append(0, [10], {}, wait=False, deep=False, after="lives")
+        history.commit(0, {}, deep=False)
+    spooler = history.spoolers[0]
+    history.crash_database()
+    assert len(history.present) == 1
+    if then == "the end of its segment":
+        spooler.writer.retire()
+    elif then == "more mail":
+        history.append(0, [10], {}, wait=False, deep=False, after="lives")
+    elif then == "the mark":
+        history.clock.now += 1.0
+        spooler.committer.step()
+    if then == "the stop":
+        history.stop(0, {})
+    else:
+        spooler.committer.drain()
+        assert spooler.committer.lag().messages == 0
+    assert len(history.present) == 1 + lost + (then == "more mail")
     history.teardown()
