@@ -115,31 +115,38 @@ class WorkerQueue:
         Raises the database's errors. Then nothing changed, or the outcome of the COMMIT is unknown
         and the same call settles it.
         """
-        completions = [item for item in items if isinstance(item, Completion)]
-        requests = [item for item in items if isinstance(item, ClaimRequest)]
         commit_unknown, self._commit_unknown = self._commit_unknown, True
-        renewed: dict[str, int] = {}
-        recorded: list[CompletionResult] = []
-        if len(items) == len(requests) == 1 == len(requests[0].capacity) and not commit_unknown:
-            claimed = [self._claim_alone(requests[0])]
-        else:
-            with writing(self.engine) as connection:
-                # `Rescuer.expire_worker` locks the worker first and then its deliveries, as here.
-                for worker in {item.worker for item in items if isinstance(item, Renewal)}:
-                    result = self._queries.run(connection, "renew_lease", worker=dashed(worker))
-                    renewed[worker] = result.rowcount
-                if commit_unknown:
-                    self._return_unknown_claims(connection, {item.worker for item in items})
-                if completions:
-                    recorded = self._complete(connection, completions)
-                claimed = [self._claim(connection, request) for request in requests]
-        completed = iter(self._bodies_checked(completions, recorded))
+        results: list[CommandResult]
+        match items:
+            case [ClaimRequest() as request] if len(request.capacity) == 1 and not commit_unknown:
+                results = [self._claim_alone(request)]
+            case _:
+                results = self._commit_together(items, commit_unknown=commit_unknown)
         self._commit_unknown = False  # not before the last statement that an outage may end
-        for completion in completions:
-            if self._held.get(completion.key) == completion.claim:
-                del self._held[completion.key]
-        self._held.update({(c.queue_id, c.number): c.claim for claims in claimed for c in claims})
-        answered = iter(claimed)
+        for item, result in zip(items, results, strict=True):
+            if isinstance(item, Completion) and self._held.get(item.key) == item.claim:
+                del self._held[item.key]
+            if isinstance(result, list):
+                self._held |= {(claim.queue_id, claim.number): claim.claim for claim in result}
+        return results
+
+    def _commit_together(
+        self, items: Sequence[Command], *, commit_unknown: bool
+    ) -> list[CommandResult]:
+        completions = [item for item in items if isinstance(item, Completion)]
+        with writing(self.engine) as connection:
+            # `Rescuer.expire_worker` locks the worker first and then its deliveries, as here.
+            renewed = {
+                worker: self._queries.run(connection, "renew_lease", worker=dashed(worker)).rowcount
+                for worker in {item.worker for item in items if isinstance(item, Renewal)}
+            }
+            if commit_unknown:
+                self._return_unknown_claims(connection, {item.worker for item in items})
+            recorded = self._complete(connection, completions) if completions else []
+            claims = [
+                self._claim(connection, item) for item in items if isinstance(item, ClaimRequest)
+            ]
+        completed, claimed = iter(self._bodies_checked(completions, recorded)), iter(claims)
         results: list[CommandResult] = []
         for item in items:
             match item:
@@ -148,7 +155,7 @@ class WorkerQueue:
                 case Completion():
                     results.append(next(completed))
                 case ClaimRequest():
-                    results.append(next(answered))
+                    results.append(next(claimed))
         return results
 
     def _bodies_checked(

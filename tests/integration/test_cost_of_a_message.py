@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import Connection, Engine, event
 
@@ -42,22 +44,33 @@ RECORD = {"postgresql": 1, "sqlite": 2}
 
 @contextmanager
 def counted(engine: Engine) -> Iterator[Counter[str]]:
-    """Statements and commits on an engine meanwhile; where there is no transaction each statement
-    is its own commit."""
+    """Statements and commits on an engine meanwhile. With psycopg itself, statements of a pipeline
+    have one COMMIT, and another one is its own."""
     counts = Counter[str]()
+    execute, pipeline = psycopg.Connection.execute, psycopg.Connection.pipeline
 
-    def statement(connection: Connection, _cursor: object, sql: str, *_: object) -> None:
+    def statement(_connection: Connection, _cursor: object, sql: str, *_: object) -> None:
         counts["statements"] += not sql.startswith("BEGIN")
-        counts["commits"] += (
-            connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
-        )
 
     def commit(_connection: object) -> None:
         counts["commits"] += 1
 
+    def executed(connection: Any, *query: Any, **options: Any) -> Any:
+        alone = connection.pgconn.pipeline_status == psycopg.pq.PipelineStatus.OFF
+        counts["statements"] += connection.autocommit  # a new connection is prepared without it
+        counts["commits"] += connection.autocommit and alone
+        return execute(connection, *query, **options)
+
+    def in_pipeline(connection: Any) -> Any:
+        counts["commits"] += 1
+        return pipeline(connection)
+
     event.listen(engine, "before_cursor_execute", statement)
     event.listen(engine, "commit", commit)
-    yield counts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(psycopg.Connection, "execute", executed)
+        patch.setattr(psycopg.Connection, "pipeline", in_pipeline)
+        yield counts
     event.remove(engine, "before_cursor_execute", statement)
     event.remove(engine, "commit", commit)
 
@@ -105,14 +118,19 @@ def test_claim(queue: QueueHarness, size: int) -> None:
 
 
 def test_a_claim_alone_is_one_round_trip(queue: QueueHarness) -> None:
-    """On PostgreSQL the statement is its own transaction, so the message does not wait for the
-    answers to BEGIN and COMMIT."""
-    ids = accepted(queue, 2)
+    """On PostgreSQL the message waits for no answer to BEGIN or COMMIT, and an early one for none
+    to the statement that waits for its rows."""
+    (queue_id,) = accepted(queue, 1)
     transactions: list[Connection] = []
     event.listen(queue.database, "commit", note := transactions.append)
-    assert len(queue.claim(ids[0])) == 1
+    request = ClaimRequest(queue.worker, [queue_id], {"default": 1}, early=True)
+    with counted(queue.database) as counts:
+        (claims,) = queue.worker_queue.commit([request])
     event.remove(queue.database, "commit", note)
+    assert isinstance(claims, list)
+    assert [claim.queue_id for claim in claims] == [queue_id]
     assert len(transactions) == (kind(queue) == "sqlite")
+    assert counts == {"statements": 1 + (kind(queue) == "postgresql"), "commits": 1}
 
 
 @pytest.mark.parametrize("size", ROUNDS)
