@@ -65,9 +65,13 @@ class DiskThreads:
 
     def run[Result](self, call: Callable[[], Result]) -> asyncio.Future[Result]:
         """Runs `call` in one of the threads; the result, or the error that it raised."""
+        return asyncio.wrap_future(self.start(call))
+
+    def start[Result](self, call: Callable[[], Result]) -> Future[Result]:
+        """As `run`, but called from any thread."""
         future: Future[Result] = Future()
         self._calls.put((future, call))
-        return asyncio.wrap_future(future)
+        return future
 
     def close(self, timeout: float) -> None:
         """Waits for the calls so far, for at most `timeout` seconds."""
@@ -256,7 +260,8 @@ class Reception:
         size = sum(map(len, blocks))
 
         def write() -> int:
-            self._body = self._body or self._receiver.spool.create(self.id)
+            receiver = self._receiver
+            self._body = self._body or receiver.spool.create(self.id, receiver.threads.start)
             self._body.append(b"".join(blocks))
             if not finish:
                 return 0

@@ -73,20 +73,37 @@ def _identity_in(root: int) -> str:
         return ""
 
 
+type Start = Callable[[Callable[[], None]], object]
+"""Has a call made by another thread, some time later."""
+
+
 class BodyWriter:
     """A body file that is being written. Calls block; one caller at a time.
 
-    `sync_directory` syncs the directory of the file; it raises OSError.
+    `sync_directory` syncs the directory of the file; it raises OSError. `start` has each SYNC_EVERY
+    octets synced in another thread while more is appended. If that has not ended when the next sync
+    is due, `append` waits for both, so no more than twice as much waits for the disk.
+
+    What must stay true: `finish` succeeds only if all syncs have.
     """
 
     def __init__(
-        self, root: int, name: str, handle: int, sync_directory: Callable[[str], None]
+        self,
+        root: int,
+        name: str,
+        handle: int,
+        sync_directory: Callable[[str], None],
+        start: Start,
     ) -> None:
         self._root = root
         self._name = name
         self._handle = handle
         self._sync_directory = sync_directory
-        self._unsynced = 0
+        self._start = start
+        self._syncing = threading.Lock()  # held while the file is synced or closed
+        self._to_sync = 0  # octets that a sync was started for
+        self._synced = 0  # octets that were there when the last sync began
+        self._fault: OSError | None = None  # of a sync
         self._checksum = 0
         self.size = 0
 
@@ -95,13 +112,16 @@ class BodyWriter:
         try:
             self._write(data)
             self.size += len(memoryview(data))
-            self._unsynced += len(memoryview(data))
             self._checksum = crc32(data, self._checksum)
-            if self._unsynced >= SYNC_EVERY:
-                os.fdatasync(self._handle)
-                # The next reader is the worker: free the page cache while the rest arrives.
-                os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_DONTNEED)
-                self._unsynced = 0
+            if self.size - self._to_sync >= SYNC_EVERY:
+                behind = self._synced < self._to_sync
+                self._to_sync = self.size
+                sync = partial(self._sync, self.size)
+                if behind:
+                    sync()
+                else:
+                    self._start(sync)
+            self._check()
         except OSError:
             self.discard()
             raise
@@ -115,7 +135,9 @@ class BodyWriter:
         body. Raises OSError, and then the file is gone."""
         try:
             self._write(encode_trailer(self.size, self._checksum, envelope))
-            os.fdatasync(self._handle)
+            with self._syncing:
+                os.fdatasync(self._handle)
+            self._check()
             self._sync_directory(os.path.dirname(self._name))
         except OSError:
             self.discard()
@@ -135,11 +157,31 @@ class BodyWriter:
         while rest:
             rest = rest[os.write(self._handle, rest) :]
 
+    def _sync(self, size: int) -> None:
+        """Sync at least the first `size` octets of the body, unless that was done. Any thread."""
+        with self._syncing:
+            if self._handle < 0 or self._synced >= size:
+                return
+            size = self.size
+            try:
+                os.fdatasync(self._handle)
+                # The next reader is the worker: free the page cache while the rest arrives.
+                os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            except OSError as error:
+                self._fault = error
+            self._synced = size
+
+    def _check(self) -> None:
+        """Raise the error of a sync that another thread made. The kernel reports it only once, so
+        the next sync would seem to succeed."""
+        if self._fault is not None:
+            raise self._fault
+
     def _close(self) -> None:
         """An error of `close` tells nothing new: the file is synced, or is going to be removed."""
-        with suppress(OSError):
-            os.close(self._handle)
-        self._handle = -1
+        with self._syncing, suppress(OSError):
+            handle, self._handle = self._handle, -1
+            os.close(handle)
 
 
 class Spool:
@@ -239,8 +281,9 @@ class Spool:
         body.append(b"".join(parts))
         return body.finish(envelope)
 
-    def create(self, queue_id: str) -> BodyWriter:
-        """Start a body file; raises OSError (FileExistsError for an id that has one)."""
+    def create(self, queue_id: str, start: Start = lambda call: call()) -> BodyWriter:
+        """Start a body file; raises OSError (FileExistsError for an id that has one). `start` has
+        syncs made in another thread; without it `append` makes them."""
         root = self.checked_handle()
         directory, name = queue_id[:_DIRECTORY_DIGITS], self._name(queue_id)
         while True:
@@ -256,7 +299,7 @@ class Spool:
                     raise
                 self._synced = ""  # the cleaner has removed it since
             else:
-                return BodyWriter(root, name, handle, self._sync_directory)
+                return BodyWriter(root, name, handle, self._sync_directory, start)
 
     def _sync_directory(self, name: str) -> None:
         """Sync a directory of bodies. An error is not a matter for another try, because the kernel

@@ -39,6 +39,7 @@ class FakeDatabase:
         self.messages: list[NewMessage] = []
         self.deliveries: list[str] = []  # of these messages, as JSON
         self.places: dict[str, Place | None] = {}
+        self._positions: dict[str, int] = {}
         self.gate = threading.Event()
         self.gate.set()
         self.error: Exception | None = None
@@ -62,6 +63,7 @@ class FakeDatabase:
             at = encoded.position
             self.places[message.id] = None if at is None else Place(span.segment, at)
             self.messages.append(message)  # last: a test waits for it, and reads the others
+        self._positions[span.segment] = span.end
 
     def advance(self, _: object) -> None:
         """The mark."""
@@ -74,6 +76,9 @@ class FakeDatabase:
 
     def sealed_segments(self) -> set[str]:
         return set()
+
+    def position(self, segment: str) -> tuple[int | None, bool]:
+        return self._positions.get(segment), False
 
     def learn_from_journal(self, *, unsealed: bool) -> None:
         """As a mark."""

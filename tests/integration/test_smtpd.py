@@ -39,6 +39,7 @@ from relay.db.engine import connect, reading, writing
 from relay.listeners import Listener
 from relay.queue.accept import NewMessage
 from relay.settings import SettingsError, SmtpdSettings
+from relay.spool import store
 from relay.spool.journal.directory import SegmentFile
 from relay.spool.journal.supply import MIN_FREE
 from relay.spool.store import BodyWriter, Spool
@@ -577,6 +578,36 @@ def test_a_slow_disk_pauses_reading_so_memory_stays_bounded(
         sender.join()
     [message] = running.messages(1)
     assert len(stored(running, message)) == size // 1000 * 999
+
+
+def test_a_large_message_is_read_while_what_has_arrived_is_synced(
+    run: Callable[..., SmtpHarness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, entered, sync = threading.Event(), threading.Event(), os.fdatasync
+
+    def held(handle: int) -> None:
+        if "/journal/" not in str(Path(f"/proc/self/fd/{handle}").readlink()):
+            entered.set()
+            assert gate.wait(20)
+        sync(handle)
+
+    monkeypatch.setattr(store, "SYNC_EVERY", 4 * BLOCK)
+    monkeypatch.setattr(os, "fdatasync", held)
+    running = run()
+    with talking(running) as client:
+        client.begin()
+        [connection] = running.connections
+        assert connection.reception is not None
+        path = running.spool.path(connection.reception.id)
+        client.send(b"x" * (5 * BLOCK))
+        assert entered.wait(20)
+        client.send(b"y" * (2 * BLOCK))
+        until(lambda: path.stat().st_size > 6 * BLOCK)
+        client.send(b"\r\n.\r\n")
+        gate.set()
+        client.expect(b"250 2.0.0")
+    [message] = running.messages(1)
+    assert stored(running, message).endswith(b"x" * (5 * BLOCK) + b"y" * (2 * BLOCK) + b"\n")
 
 
 def test_C26_limits_on_connections(run: Callable[..., SmtpHarness]) -> None:

@@ -24,6 +24,7 @@ from relay.spool import store
 from relay.spool.store import BodyUnsendable, Spool, SpoolError, file_system
 from relay.spool.trailer import FIXED_SIZE, encode_trailer, read_envelope, read_trailer
 from tests.bodies import body_in
+from tests.waiting import until
 
 LIMIT = 1 << 20
 
@@ -122,6 +123,122 @@ def test_large_body_is_synced_while_it_arrives(
     assert body.size == 2000 == body.finish(b"")
     assert synced[-2:] == [path, str(spool.path(queue_id).parent)]
     assert len(body_in(spool.path(queue_id))) == 2000
+
+
+class HeldSync:
+    """The first fdatasync waits until `gate` is set, and fails if a `fault` is given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fault: int = 0) -> None:
+        self.entered, self.gate = threading.Event(), threading.Event()
+        self.handles: list[int] = []  # of all calls
+        self._fault = fault
+        self._sync = os.fdatasync
+        monkeypatch.setattr(os, "fdatasync", self)
+        monkeypatch.setattr(store, "SYNC_EVERY", 1000)
+
+    def __call__(self, handle: int) -> None:
+        first = not self.handles
+        self.handles.append(handle)
+        if first:
+            self.entered.set()
+            assert self.gate.wait(20)
+            if self._fault:
+                raise OSError(self._fault, os.strerror(self._fault))
+        self._sync(handle)
+
+
+def test_body_grows_while_another_thread_syncs_it(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, queue_id = HeldSync(monkeypatch), new_id()
+    with ThreadPoolExecutor(2) as pool:
+        body = spool.create(queue_id, pool.submit)
+        body.append(b"x" * 1000)
+        assert held.entered.wait(20)
+        body.append(b"y" * 999)
+        finishing = pool.submit(body.finish, b"")
+        assert not finishing.done()
+        held.gate.set()
+        assert finishing.result(20) == 1999
+    assert len(held.handles) == 2
+    assert body_in(spool.path(queue_id)) == b"x" * 1000 + b"y" * 999
+
+
+def test_body_waits_for_a_disk_that_is_behind(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise all of a large body could lie in the page cache."""
+    held = HeldSync(monkeypatch)
+    with ThreadPoolExecutor(2) as pool:
+        body = spool.create(new_id(), pool.submit)
+        body.append(b"x" * 1000)
+        assert held.entered.wait(20)
+        appending = pool.submit(body.append, b"y" * 1000)
+        until(lambda: body.size == 2000)
+        assert not appending.done()
+        held.gate.set()
+        appending.result(20)
+    assert len(held.handles) == 2, "the second sync was made at once"
+    body.discard()
+
+
+def test_fault_of_a_sync_in_another_thread_fails_finish(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel reports it once, so the sync of `finish` succeeds."""
+    held = HeldSync(monkeypatch, errno.EIO)
+    with ThreadPoolExecutor(2) as pool:
+        body = spool.create(new_id(), pool.submit)
+        body.append(b"x" * 1000)
+        assert held.entered.wait(20)
+        finishing = pool.submit(body.finish, b"")
+        held.gate.set()
+        assert isinstance(fault := finishing.exception(20), OSError)
+    assert fault.errno == errno.EIO
+    assert files(spool) == []
+
+
+def test_fault_of_a_sync_in_another_thread_fails_the_next_append(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Callable[[], None]] = []
+    monkeypatch.setattr(store, "SYNC_EVERY", 1000)
+    body = spool.create(new_id(), calls.append)
+    body.append(b"x" * 1000)
+    [sync] = calls
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", failing(errno.ENOSPC))
+        sync()
+    with pytest.raises(OSError) as caught:
+        body.append(b"y")
+    assert caught.value.errno == errno.ENOSPC
+    assert files(spool) == []
+
+
+def test_discarded_body_is_synced_no_more(spool: Spool, synced: list[str]) -> None:
+    """Its descriptor may belong to another file by then, whose error this sync would take."""
+    calls: list[Callable[[], None]] = []
+    body = spool.create(new_id(), calls.append)
+    body.append(bytes(store.SYNC_EVERY))
+    body.discard()
+    synced.clear()
+    [sync] = calls
+    sync()
+    assert synced == []
+
+
+def test_discard_waits_for_a_sync(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = HeldSync(monkeypatch)
+    with ThreadPoolExecutor(2) as pool:
+        body = spool.create(new_id(), pool.submit)
+        body.append(b"x" * 1000)
+        assert held.entered.wait(20)
+        discarding = pool.submit(body.discard)
+        os.fstat(held.handles[0])  # it is open
+        assert not discarding.done()
+        held.gate.set()
+        discarding.result(20)
+    assert files(spool) == []
 
 
 def test_discarded_body_is_removed(spool: Spool) -> None:
