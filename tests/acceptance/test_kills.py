@@ -49,8 +49,8 @@ LONG = (
 
 @dataclass(slots=True)
 class KillScenario:
-    """`example.org` goes to `sink`; `long.test` to `slow`, which hardly reads the connection after
-    `SlowReader.slow_next`."""
+    """`example.org` goes to `sink`; `long.test` to `slow`, which hardly reads connections that open
+    while `SlowReader.slow` is set."""
 
     relay: Installation
     sink: Sink
@@ -62,16 +62,15 @@ class KillScenario:
     ignored: set[str] = field(default_factory=set)  # bodies that the cleaner removes later
 
     def hold(self, name: str) -> subprocess.Popen[Any]:
-        """Send one message to `slow`; the worker whose transfer hangs."""
-        self.reader.slow_next = True
+        """Send one message to `slow`; the worker whose transfer hangs. Any worker may connect
+        before a claim, so the server stays slow until the test lets it read."""
+        self.reader.slow = True
         recipient = f"{name}@long.test"
         self.relay.send(recipient, body=LONG)
         self.accepted.add(recipient)
-        until(lambda: not self.reader.slow_next, 20, what=self.relay.log_text)
-        # A worker may connect before the COMMIT of its claim.
-        claimed = """SELECT w.pid FROM deliveries d JOIN workers w ON w.id = d.worker
-            WHERE d.route = 'long'"""
-        pid = until(lambda: self.relay.rows(claimed), what=self.relay.log_text)[0][0]
+        sending = """SELECT w.pid FROM deliveries d JOIN workers w ON w.id = d.worker
+            WHERE d.route = 'long' AND d.state = 'sending'"""
+        pid = until(lambda: self.relay.rows(sending), 20, what=self.relay.log_text)[0][0]
         return next(worker for worker in self.workers if worker.pid == pid)
 
     def replace(self, worker: subprocess.Popen[Any]) -> None:
@@ -112,14 +111,13 @@ class KillScenario:
 
 @dataclass(slots=True)
 class SlowReader:
-    """A rule of the sink: it hardly reads the next connection that opens, and no later one."""
+    """A rule of the sink: it hardly reads the connections that open meanwhile."""
 
-    slow_next: bool = False
+    slow: bool = False
 
     def __call__(self, recipients: object, digest: str) -> Answer | None:
-        if recipients is not None or not self.slow_next:
+        if recipients is not None or not self.slow:
             return None
-        self.slow_next = False
         return Answer(read_size=1024, read_pause=0.2)
 
 
@@ -193,6 +191,7 @@ def test_mail_of_a_killed_worker_is_delivered(scene: KillScenario) -> None:
         victim = scene.hold("killed")
         feeder.until_accepted(50)
         scene.relay.end(victim, signal.SIGKILL)
+        scene.reader.slow = False
         scene.replace(victim)
         assert until_expired(scene.relay, victim.pid) < 3 * LEASE
         feeder.until_accepted(50)
@@ -208,6 +207,7 @@ def test_a_worker_that_sleeps_past_its_lease_sends_nothing_twice(scene: KillScen
         victim = scene.hold("still")
         feeder.until_accepted(50)
         stop_outside_transactions(scene.relay, victim)
+        scene.reader.slow = False
         try:
             assert until_expired(scene.relay, victim.pid) < 3 * LEASE
         finally:
@@ -226,6 +226,7 @@ def test_a_worker_that_stops_within_a_transfer_requeues_it(scene: KillScenario) 
     with Feeder(scene.relay.port, name="stop-") as feeder:
         victim = scene.hold("stopped")
         feeder.until_accepted(50)
+        scene.reader.slow = False
         assert scene.relay.end(victim, signal.SIGTERM) == 0
         scene.replace(victim)
         feeder.until_accepted(50)
