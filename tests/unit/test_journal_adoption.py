@@ -372,7 +372,9 @@ def child(directory: JournalDirectory) -> Iterator[tuple[str, "subprocess.Popen[
     owner's file is closed."""
     segment, file = make_segment(directory, SPOOL, size=SMALL)
     other = directory.open(segment + OWNED)
-    program = "import os, sys; print('ready', *os.listdir('/proc/self/fd')); sys.stdin.read()"
+    program = (
+        "import os, sys; print('ready', *os.listdir('/proc/self/fd'), flush=True); sys.stdin.read()"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         stdin=subprocess.PIPE,
