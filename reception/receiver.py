@@ -40,7 +40,7 @@ BLOCK = 64 * 1024
 """Octets from which on a message streams to its file."""
 MAX_BUFFERED = 8 * BLOCK
 """Octets of one message in memory above which its connection stops reading."""
-THREADS = 8  # for large messages and for removing bodies
+THREADS = 8  # for writing, syncing and removing the bodies of large messages
 
 _TOO_MANY = "552 5.5.3 Too many recipients"
 _LOCAL_FAULT = "451 4.3.0 Cannot take the message now, try again later"

@@ -305,7 +305,7 @@ def _open_row(
 
 def seal(acceptor: Acceptor, directory: JournalDirectory, segment: OpenSegment) -> None:
     """Seals a segment that is committed to its end, unless it is damaged. Raises PositionMoved if
-    the database does not say so, OSError and the database's errors."""
+    the database has another position, OSError and the database's errors."""
     unused = not segment.opened and not segment.least and _declares_nothing(segment)
     if segment.damaged:
         log.error("segment kept", segment=segment.id, reason="messages of it may have no rows")
@@ -320,7 +320,13 @@ def seal(acceptor: Acceptor, directory: JournalDirectory, segment: OpenSegment) 
             _open_row(acceptor, directory, segment, segment.end)
         except PositionMoved:
             return
-    acceptor.seal_segment(segment.id, segment.end, segment.count, segment.least, segment.greatest)
+    try:
+        acceptor.seal_segment(
+            segment.id, segment.end, segment.count, segment.least, segment.greatest
+        )
+    except PositionMoved:
+        if not segment.file.unlinked():  # else an earlier try has sealed it, and it was removed
+            raise
     with suppress(OSError):
         segment.file.protect()
 

@@ -107,7 +107,7 @@ def adopt_segment(engine: Engine, spool: Spool, acceptor: Acceptor, found: Forei
         segment = to_replay(acceptor, adopted, void_from)
         messages = replay(acceptor, directory, segment) if segment else 0
     except PositionMoved as error:
-        say(f"{found.name} is replayed by another process: {error}")
+        say(f"{found.name}: its position has changed, so run the command again: {error}")
         return False
     finally:
         adopted.file.close()

@@ -123,8 +123,8 @@ def prepare_connections(engine: Engine, prepare: Callable[[Any, Any], object]) -
 
 
 def _close_when_returned(engine: Engine) -> None:
-    """Close a connection that is in use while the engine is disposed of when it is returned. The
-    pool to which it returns is gone, and would leave it open."""
+    """When the engine is disposed of, close the connections in use as soon as they are returned.
+    The pool to which they return is gone, and would leave them open."""
     disposals = 0
 
     def disposed(_engine: Engine) -> None:

@@ -6,7 +6,7 @@ The statements of a transaction go out together (a pipeline). On SQLite this is
 `relay.db.engine.writing`.
 
 What must stay true: rows are returned after the COMMIT and never before it; an error is that which
-SQLAlchemy would raise (`is_outage`), and the connection is not used again.
+SQLAlchemy would raise (`is_outage`), and a connection that breaks is not used again.
 """
 
 import threading
@@ -22,7 +22,7 @@ from relay.db.sql import Queries
 
 
 class SingleTransactions:
-    """Runs the statements of `queries`. Another thread may dispose of the engine: it waits for the
+    """Runs the statements of `queries`. Another thread that disposes of the engine waits for the
     transaction."""
 
     def __init__(self, engine: Engine, queries: Queries) -> None:
@@ -47,7 +47,8 @@ class SingleTransactions:
             try:
                 return self._sent(statements)
             except BaseException as error:
-                self._drop()
+                if not self._usable():
+                    self._drop()
                 if isinstance(error, base):
                     raise DBAPIError.instance(statements[-1][0], None, error, base) from error
                 raise
@@ -60,13 +61,19 @@ class SingleTransactions:
         return list(cursors[-1].fetchall())
 
     def _connection(self) -> Any:
-        """The connection of psycopg. To the pool it is in use for ever."""
+        """The connection of psycopg. It is not returned to the pool, which counts it."""
         if self._kept is not None:
             return self._kept.driver_connection
         self._kept = self._engine.raw_connection()
         connection: Any = self._kept.driver_connection
         connection.autocommit = True
         return connection
+
+    def _usable(self) -> bool:
+        """Whether a statement was refused and nothing else is wrong: the server waits for the next
+        one."""
+        connection: Any = self._kept and self._kept.driver_connection
+        return bool(connection) and not connection.closed and not connection.info.transaction_status
 
     def _drop(self) -> None:
         pooled, self._kept = self._kept, None

@@ -221,8 +221,8 @@ class Acceptor:
         """Insert messages that arrived `age` seconds ago, in one transaction.
 
         `announced`: the id of a message whose hint is published already. A claim for it waits until
-        this transaction has ended. On PostgreSQL the next COMMIT syncs this one: a crash of the
-        database may lose it, and `position` is then before the span.
+        this transaction has ended. On PostgreSQL the next COMMIT that is synced syncs this one: a
+        crash of the database may lose it, and `position` is then before the span.
 
         Raises the database's errors, and PositionMoved if the segment's position was neither at the
         start of the span nor behind it.

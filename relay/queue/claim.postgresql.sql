@@ -32,7 +32,7 @@ WHERE state = 'sending'
 
 -- name: wait_for_rows
 -- Waits until the transaction that inserts a message has ended (`accept` has this lock), or raises
--- lock_not_available. The time limit ends with this statement.
+-- lock_not_available. The time limit ends with the transaction.
 SELECT set_config('lock_timeout', :patience, true), pg_advisory_xact_lock_shared(:announced);
 
 -- name: claim_hinted

@@ -10,7 +10,8 @@ has held what is in doubt.
 
 What must stay true: the file is written after the COMMIT and never before it, so that a COMMIT that
 fails raises no alarm. File and name are synced, because segments are removed by what the database
-says. A lost file is made again from the marks of the batches.
+says. A lost file is made again from the marks of the batches. `advance` is a COMMIT that the
+database syncs: what was committed before is durable then.
 """
 
 import threading

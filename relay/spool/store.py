@@ -74,7 +74,7 @@ def _identity_in(root: int) -> str:
 
 
 type Start = Callable[[Callable[[], None]], object]
-"""Has a call made by another thread, some time later."""
+"""Has another thread make a call, some time later."""
 
 
 class BodyWriter:
@@ -137,6 +137,7 @@ class BodyWriter:
             self._write(encode_trailer(self.size, self._checksum, envelope))
             with self._syncing:
                 os.fdatasync(self._handle)
+                self._synced = self.size  # a sync that waits for its thread is not needed any more
             self._check()
             self._sync_directory(os.path.dirname(self._name))
         except OSError:

@@ -33,8 +33,9 @@ from relay.db.engine import DatabaseFileError, OlderDatabase
 from relay.ids import new_id
 from relay.queue.accept import Acceptor, EncodedMessage, PositionMoved, SegmentSpan, encode
 from relay.spool.journal.directory import ADOPTED, OWNED, JournalDirectory, SegmentFile
-from relay.spool.journal.format import Place
+from relay.spool.journal.format import BLOCK, Place
 from relay.spool.journal.reader import JournalReader
+from relay.spool.journal.supply import make_segment
 from relay.spool.mark import SpoolMark
 from relay.spool.store import Spool
 from tests.integration.harness import QueueHarness, new_message
@@ -747,6 +748,22 @@ def test_at_the_end_rows_are_made_and_the_segment_is_sealed(
     assert [name for name in names if name.endswith(OWNED)] == [segment["id"] + OWNED], (
         "the segment that was made ahead is gone"
     )
+
+
+def test_a_segment_that_was_sealed_and_removed_is_not_sealed_again(
+    queue: QueueHarness, bound: Spool
+) -> None:
+    """The reply to the first try was lost. While the file is there, the position has moved."""
+    acceptor, directory = GatedAcceptor(queue), JournalDirectory(bound.handle)
+    directory.make()
+    segment, file = make_segment(directory, bound.identity, size=SEGMENT)
+    sealing = OpenSegment(segment, segment + OWNED, file, BLOCK, BLOCK, opened=True)
+    sealing.add([new_id()], 1, 1)
+    with pytest.raises(PositionMoved):
+        reception.replay.seal(acceptor, directory, sealing)
+    directory.unlink(sealing.name)
+    reception.replay.seal(acceptor, directory, sealing)
+    file.close()
 
 
 def test_segments_without_a_message_do_not_stay(queue: QueueHarness, bound: Spool) -> None:
