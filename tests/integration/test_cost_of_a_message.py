@@ -188,7 +188,8 @@ def test_a_spooler_syncs_and_commits_a_batch_as_one(
 ) -> None:
     """As in production: requests come over a socket, are appended and synced together, and one
     COMMIT makes their rows. The first batch opens the segment and raises the mark, which each
-    second does, so the second batch is counted."""
+    second does, so the second batch is counted. The first one has two messages: after a message
+    that comes alone a query follows the mark."""
     monkeypatch.setattr("reception.committer.MARK_INTERVAL", 1e9)
     spool.prepare(queue.database, unsafe=True)
     ours, theirs = socket.socketpair()
@@ -197,7 +198,7 @@ def test_a_spooler_syncs_and_commits_a_batch_as_one(
     spooler = Spooler(theirs, spool, queue.acceptor, queue.database, mark, segment_size=4 << 20)
     thread = threading.Thread(target=spooler.run)
     thread.start()
-    frames, messages = FrameDecoder(), [new_message() for _ in range(size + 1)]
+    frames, messages = FrameDecoder(), [new_message() for _ in range(size + 2)]
 
     def store(batch: list[NewMessage]) -> None:
         requests = [
@@ -211,12 +212,12 @@ def test_a_spooler_syncs_and_commits_a_batch_as_one(
                 reply = SpoolerReply(*values)
                 results, rows = results + len(reply.results), rows + reply.messages
 
-    store(messages[:1])
+    store(messages[:2])
     until(lambda: syncs["fsync"] >= 4)  # two segments and their names
     until((spool.directory / "journal" / "mark").exists)  # the mark is known before it is synced
     syncs.clear()
     with counted(queue.database) as counts:
-        store(messages[1:])
+        store(messages[2:])
     synced = syncs["fdatasync"]
     ours.close()
     thread.join(10)
