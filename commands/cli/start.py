@@ -30,7 +30,10 @@ def main() -> None:
         _end(_status())
     if sys.argv[1:] in (["smtpd"], ["worker"]):
         _serve(sys.argv[1])
-    _run()
+    try:
+        _run()
+    finally:
+        _discard_unwritable()
 
 
 def _serve(service: str) -> NoReturn:
@@ -65,6 +68,18 @@ def _status() -> int:
         print(end.code, file=sys.stderr)
         return FAILED
     return 0
+
+
+def _discard_unwritable() -> None:
+    """Python ends with status 120 if it cannot write what waits in a buffer, as `up` has it for a
+    terminal that was closed."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, stream.fileno())
+            os.close(nothing)
 
 
 def _end(status: int) -> None:

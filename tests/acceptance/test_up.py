@@ -107,9 +107,11 @@ def test_sighup_renews_the_certificate_and_stops_nothing(start_up: StartUp, tmp_
 def test_sighup_stops_it_when_its_terminal_has_been_closed(tmp_path: Path) -> None:
     up = Up(tmp_path / "var")
     terminal, end_of_terminal = os.openpty()
+    buffered = relay_environ(**up.settings)
+    buffered.pop("PYTHONUNBUFFERED", None)
     process = spawn(
         [sys.executable, "-m", "commands.cli.start", "up"],
-        env=relay_environ(**up.settings),
+        env=buffered,
         stdout=end_of_terminal,
         stderr=end_of_terminal,
         cwd=ROOT,
