@@ -4,7 +4,9 @@ takes longer than most of these tests."""
 from collections.abc import Iterator
 
 import pytest
+from sqlalchemy import Engine
 
+from relay.db.engine import connect
 from tests.integration.harness import QueueHarness, opened
 from tests.postfix import Postfix
 from tests.services import ServiceError
@@ -20,6 +22,13 @@ def postfix() -> Iterator[Postfix]:
         pytest.skip(str(error))
     yield server
     server.stop()
+
+
+@pytest.fixture
+def engine(clean_url: str) -> Iterator[Engine]:
+    engine = connect(clean_url)
+    yield engine
+    engine.dispose()
 
 
 @pytest.fixture

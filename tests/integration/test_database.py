@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,14 +34,6 @@ from relay.ids import dashed, new_id
 from tests.dialect import dialect_of
 from tests.services import Postgres
 from tests.waiting import until
-
-
-@pytest.fixture
-def engine(clean_url: str) -> Iterator[Engine]:
-    engine = connect(clean_url)
-    yield engine
-    engine.dispose()
-
 
 NOW = {"postgresql": "now()", "sqlite": "(SELECT now FROM clock)"}
 

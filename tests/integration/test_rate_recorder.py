@@ -4,7 +4,7 @@ import asyncio
 import signal
 import smtplib
 import subprocess
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,6 @@ from tests.services import free_port
 from tests.waiting import until
 
 CLIENT = RateExceeded("client", "messages", "192.0.2.1")
-
-
-@pytest.fixture
-def engine(clean_url: str) -> Iterator[Engine]:
-    engine = connect(clean_url)
-    yield engine
-    engine.dispose()
 
 
 def recording(

@@ -1,6 +1,5 @@
 """Transactions over a connection that is kept: each is whole or is not, and ends with its call."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,13 +27,6 @@ class OwnQueries(Queries):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine, "relay.queue.accept", position=0)
         self._statements = {name: (text(query),) for name, query in STATEMENTS.items()}
-
-
-@pytest.fixture
-def engine(clean_url: str) -> Iterator[Engine]:
-    engine = connect(clean_url)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from relay.db.engine import connect, reading
+from relay.db.engine import reading
 from relay.ids import new_id
 from relay.spool import store
 from relay.spool.store import BodyUnsendable, Spool, SpoolError, file_system
@@ -27,13 +27,6 @@ from tests.bodies import body_in
 from tests.waiting import until
 
 LIMIT = 1 << 20
-
-
-@pytest.fixture
-def engine(clean_url: str) -> Iterator[Engine]:
-    engine = connect(clean_url)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Users: their rows on both databases, the commands that change them, and the audit."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,20 +7,13 @@ from sqlalchemy import Engine, text
 
 from commands.ops import users as commands
 from relay import passwords
-from relay.db.engine import connect, reading
+from relay.db.engine import reading
 from relay.spool.store import Spool
 from relay.users import Role, User, Users, sender_pattern, user_name
 from tests.integration.harness import QueueHarness
 from tests.integration.typed import Typed, lines, typed_at
 
 PASSWORD = "correct horse"
-
-
-@pytest.fixture
-def engine(clean_url: str) -> Iterator[Engine]:
-    engine = connect(clean_url)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture
